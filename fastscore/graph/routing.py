@@ -14,7 +14,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastscore.batches.parts import Batch, tensors_of
 from fastscore.graph.following import operations
-from fastscore.modules.operations_run import OperationsRun
 
 # operations that choose among the elements of their first argument
 _CHOICES = operations.ALONG | {"bucketize", "searchsorted", "aminmax", "nms"}
@@ -30,7 +29,7 @@ _OF_SHAPES = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
 _ROWS = {"embedding", "index", "index_select"}
 
 
-class Decisions(OperationsRun):
+class Decisions(operations.OperationsAndNumbers):
     """Within the block, `found` says whether an operation decides anything by what `batch` holds; `read` whether a
     Python number was made of it; and `picks` whether integers of it, or answers, were, or came to anything but other
     integers, tables of what the batch does not hold, and casts: then what a sample's rows are may depend on them.
@@ -39,27 +38,16 @@ class Decisions(OperationsRun):
     that the code takes twice is the same twice; None: they stay.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self, batch: Batch, seed: int | None = None) -> None:
         super().__init__()
         self.found, self.read, self.picks, self._seed = False, False, False, seed
         self._decided = set[int]()
         self._content: dict[int, StorageWeakRef] = {}  # kept, a weak reference keeps its address from being taken again
-        self._numbers = operations.python_numbers(self._noting)
         for tensor in tensors_of(batch):
             self._mark(tensor)
 
-    def __enter__(self) -> "Decisions":
-        super().__enter__()  # type: ignore[no-untyped-call]
-        self._numbers.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._numbers.__exit__(*error)
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-
-    def _noting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of Tensor that makes Python numbers of all its elements, and notes it."""
         def noting(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._place(x) in self._content:
                 self.read = self.picks = True

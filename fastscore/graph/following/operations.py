@@ -3,10 +3,14 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from fastscore.modules.operations_run import OperationsRun
+
+M = TypeVar("M", bound="OperationsAndNumbers")
 
 # that choose along a dimension of their first argument
 ALONG = {"argmax", "argmin", "topk", "sort", "argsort", "max.dim", "min.dim", "kthvalue", "mode", "multinomial",
@@ -38,6 +42,30 @@ def python_numbers(noting: Callable[[str, Callable[..., Any]], Callable[..., Any
             _blocks.pop()
             for name in () if _blocks else _TO_PYTHON:
                 delattr(Tensor, name)
+
+
+class OperationsAndNumbers(OperationsRun):
+    """In the block, `operation` runs in the place of each operation, and what `noting` makes in the place of a method
+    that makes Python numbers."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers = python_numbers(self.noting)
+
+    def __enter__(self: M) -> M:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._numbers.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._numbers.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def noting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """What runs in the place of a method of Tensor of that name."""
+        raise NotImplementedError
 
 
 _TO_PYTHON: dict[str, Callable[..., Any]] = {name: getattr(Tensor, name) for name in ("tolist", "numpy")}  # inherited

@@ -17,9 +17,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
 from fastscore.batches.parts import tensors_of
-from fastscore.graph.following.operations import ALIKE, ALONG, name_of, python_numbers
+from fastscore.graph.following.operations import ALIKE, ALONG, OperationsAndNumbers, name_of
 from fastscore.graph.trials.differences import close
-from fastscore.modules.operations_run import OperationsRun
 
 HELD = -1  # in place of a turn: everything is chosen as it was
 TURNS = 8  # by which all choose otherwise, neighbours unlike each other, and all alike
@@ -43,7 +42,7 @@ _KNOWN = ALONG | ALIKE | _ANSWERS | _STEPS | _NUMBERS | _FLAT | {"nonzero", *_PO
 Noted: TypeAlias = list[tuple[str, list[Tensor] | None]]  # choice by choice; None: of one that nothing depends on
 
 
-class Choices(OperationsRun):
+class Choices(OperationsAndNumbers):
     """Within the block, choices that the code makes are noted, or made otherwise.
 
     noted: what the choices of a run were made by; None: `self.noted` is to hold those of this run. Otherwise those
@@ -52,8 +51,6 @@ class Choices(OperationsRun):
     what is noted.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self, noted: Noted | None = None, turn: int | None = 0) -> None:
         super().__init__()
         self.noted: Noted = [] if noted is None else noted
@@ -61,18 +58,11 @@ class Choices(OperationsRun):
         self._places: weakref.ref[Tensor] | None = None  # of maxima, which the last choice was noted for
         self._left = None if noted is None else iter(noted)
         self._paused, self._turn, self._way = False, turn, (turn or 0) // 2 % 4
-        self._numbers = python_numbers(self._noting)
         self._draws, self._count = torch.Generator().manual_seed((turn or 0) % 2), 0
 
-    def __enter__(self) -> "Choices":
-        super().__enter__()  # type: ignore[no-untyped-call]
-        self._numbers.__enter__()
-        return self
-
     def __exit__(self, *error: Any) -> None:
-        self._numbers.__exit__(*error)
         self._forget_unused()
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -117,7 +107,7 @@ class Choices(OperationsRun):
             self.noted[-1] = (self.noted[-1][0], None)
         self._places = None
 
-    def _noting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method of Tensor that makes Python numbers of all its elements, and notes it."""
         def noting(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._paused or _get_current_dispatch_mode() is not self or not x.is_floating_point():
