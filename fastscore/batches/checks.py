@@ -8,13 +8,13 @@ from torch.nn.utils.rnn import PackedSequence
 from fastscore.batches.parts import Batch, fields_of, first_tensor
 
 
-def check_example(batch: Batch, argument: str) -> None:
-    """Raise TypeError, naming the argument, where a batch holds no tensor."""
+def check_example(batch: Batch) -> None:
+    """Raise TypeError where example_inputs hold no tensor."""
     if first_tensor(batch) is None:
         shown = repr(batch) if len(repr(batch)) < 60 else type(batch).__name__
         advice = "; torch.from_numpy makes one of an array" if type(batch).__module__ == "numpy" else ""
-        raise TypeError(f"{argument}: {shown}, where a batch is meant: a tensor [N, ...], a tuple that begins with "
-                        f"one, a dict of keyword arguments, or a dataclass{advice}")
+        raise TypeError(f"example_inputs: {shown}, where a batch is meant: a tensor [N, ...], a tuple that begins "
+                        f"with one, a dict of keyword arguments, or a dataclass{advice}")
 
 
 def check_rows(batch: Batch, argument: str) -> None:

@@ -89,7 +89,7 @@ def trace(model: nn.Module, example_inputs: Batch, forward: Forward = call_model
     check_callable("forward", forward, "forward(model, batch)")
     check_rows(example_inputs, "example_inputs")
     if is_call_model(forward):
-        check_example(example_inputs, "example_inputs")
+        check_example(example_inputs)
     searched, known = scored_units.searched(units), cache.get(model, example_inputs, forward, samples)
     if known is not None and searched <= known.searched:
         return known
