@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -127,12 +127,17 @@ def torchvision_weights(spec: str, name: str = "DEFAULT") -> Any:
     library, model = torchvision_models(), parse(spec)[1]
     known = library.list_models()
     if model not in known:
-        near = difflib.get_close_matches(model, known)
-        raise ValueError(f"model: torchvision has no {model!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+        raise _unknown("torchvision", model, known)
     entries = library.get_model_weights(model)
     if name not in entries.__members__:
         raise ValueError(f"weights: torchvision has no {name!r} for {model}; it has {', '.join(entries.__members__)}")
     return entries[name]
+
+
+def _unknown(library: str, model: str, known: Iterable[str]) -> ValueError:
+    """What is raised for a model that a library does not have, with those whose names are near."""
+    near = difflib.get_close_matches(model, [*known])
+    return ValueError(f"model: {library} has no {model!r}" + (f"; near it: {', '.join(near)}" if near else ""))
 
 
 def _torchvision(spec: str, weights: str | None, classes: int | None) -> nn.Module:
@@ -164,8 +169,7 @@ def _timm_name(spec: str, weights: str | None) -> tuple[Any, str]:
         raise ImportError(f"timm cannot be imported ({error}): pip install 'torch-fastscore[timm]'") from error
     name = parse(spec)[1]
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models())
-        raise ValueError(f"model: timm has no {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+        raise _unknown("timm", name, timm.list_models())
     name, _, own = name.partition(".")  # "resnet50.a1_in1k" names weights, too
     known = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{name}.*")]
     asked = own if weights in (None, "DEFAULT") else weights
