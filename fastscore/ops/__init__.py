@@ -125,9 +125,9 @@ def clamp_backward(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: 
             or autograd holds it.
 
     Returns:
-        The gradient of the clamp's input, g + rest where low < y < high and 0 elsewhere, laid out as `y`; and
+        The gradient of the clamp's input, g + rest where low < y < high and 0 elsewhere, with the strides of `y`; and
         (Σ y·g, Σ y, Σ g) over every position of a channel, as `channel_sums` has them. What is neither contiguous nor
-        channels last, or is laid out otherwise than `y`, is copied first.
+        channels last, or has other strides than `y`, is copied first.
 
     Raises:
         ValueError: shapes or devices differ, or fewer than 2 dimensions.
