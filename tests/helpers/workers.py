@@ -31,6 +31,9 @@ from fastscore.graph.tracing import trace
 RESIDUAL = NETWORKS["residual"]
 IMAGES = RESIDUAL.inputs(11)
 WORKERS = 4
+# what a job imports, in seconds, besides: optimizers torch._dynamo, and images torchvision
+SLOW = {"work": ("torch.distributed.fsdp", "torch._dynamo"), "distill": ("torch._dynamo",),
+        "fastscore": ("torchvision",)}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {}, "orthogonal": {"probes": 2, "distribution": "orthogonal"}, "to the mean": {"ablation": "mean"},
     "taylor": {"importance": "taylor"}, "minibatches": {"importance": "molchanov-group"}}
@@ -238,9 +241,8 @@ def main(folder: Path, size: int, job: str, *arguments: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ.update(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-    if job in ("work", "distill"):
-        importlib.import_module("torch.distributed.fsdp")  # slow; and so is what optimizers import:
-        importlib.import_module("torch._dynamo")
+    for name in SLOW.get(job, ()):
+        importlib.import_module(name)
     if job in ("work", "repair"):
         RESIDUAL.traced()
     jobs: dict[str, Callable[[int], int | None]] = {
