@@ -11,6 +11,7 @@ from fastscore.batches.calls import Forward
 from fastscore.batches.parts import Batch, tensors_of
 from fastscore.fastpath.fusion import CLAMPS, clamp_bounds
 from fastscore.fastpath.packed_layers import ClampBounds
+from fastscore.graph.autograd_nodes import readers_of
 from fastscore.modules.hooks import input_of, put_on
 from fastscore.modules.inspection import hooked
 from fastscore.taps.gates import TapPoint
@@ -56,7 +57,7 @@ def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> 
             recorder.before(layer), with_kwargs=True) for layer, point in taps.points.items()]
     with put_on(handles), taps, taps.one_pass(example):
         output: Tensor = run(eval_model, example)
-    readers = _readers(output)
+    readers = defaultdict(list, readers_of(output.grad_fn))
     # Σ a·g, Σ g and the mean of a are the same before an up-sampling; powers of a·g are not
     earlier = recorder.earlier(readers) if taps.measure is SUMS else {}
     return Observation(output.detach(), recorder.shapes, earlier,
@@ -170,18 +171,3 @@ def _keeps_input(node: Any) -> bool:
 def _is_nearest_upsample(module: nn.Module) -> bool:
     """Whether it is an up-sampling that repeats each value: as often, if all sizes are multiples."""
     return type(module) is nn.Upsample and module.mode == "nearest" and not hooked(module)
-
-
-def _readers(output: Tensor) -> dict[Any, list[Any]]:
-    """Autograd node behind `output` -> those that read what it makes, one for each time."""
-    readers: dict[Any, list[Any]] = {output.grad_fn: []}
-    work = [output.grad_fn]
-    while work:
-        node = work.pop()
-        for source, _ in node.next_functions if node is not None else ():
-            if source is not None and source not in readers:
-                readers[source] = []
-                work.append(source)
-            if source is not None:
-                readers[source].append(node)
-    return defaultdict(list, readers)

@@ -17,19 +17,18 @@ from torch import Tensor, nn
 
 from fastscore import rng
 from fastscore.graph import branch_widths
+from fastscore.graph.autograd_nodes import Readers, readers_of
 from fastscore.graph.cutting import surgery
 from fastscore.graph.following.cuts import LAYERS
 from fastscore.graph.following.residual_sums import (
     Call,
     Makers,
     Places,
-    Readers,
     added_at,
     beside_shortcut,
     holders,
     makers_of,
     note,
-    readers_of,
     runs_before,
     within,
 )

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from fastscore.batches.calls import Forward
 from fastscore.batches.devices import usable
 from fastscore.batches.parts import Batch, first_tensor, map_tensors, tensors_of
-from fastscore.graph.following.noted_calls import reach
+from fastscore.graph.autograd_nodes import reach
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.kept import reasons
 from fastscore.graph.trials.differences import all_close

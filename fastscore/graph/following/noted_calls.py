@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.parts import tensors_of
+from fastscore.graph.autograd_nodes import reach
 from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, calling_modules, cut_of, view_of
 from fastscore.graph.following.asked_sizes import SLICES, SPLITS, VIEWS, ZEROS, AskedSizes
 from fastscore.graph.following.made_tables import MadeTables
@@ -273,16 +274,6 @@ def _asked(args: Any, kwargs: Mapping[str, Any]) -> tuple[int, list[int]]:
     sizes = next((list(each) for each in given if isinstance(each, tuple | list)), None)
     dims = [each for each in given if isinstance(each, int)]
     return (0, dims) if sizes is None else (dims[0] if dims else 0, sizes)
-
-
-def reach(node: Any, reached: set[Any]) -> None:
-    """Add an autograd function, and all that it is computed from."""
-    work = [node]
-    while work:
-        node = work.pop()
-        if node is not None and node not in reached:
-            reached.add(node)
-            work += [source for source, _ in node.next_functions]
 
 
 def _computed_from(output: Any, weight: Tensor, args: Any, kwargs: Mapping[str, Any]) -> bool:

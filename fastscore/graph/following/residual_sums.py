@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches.parts import tensors_of
+from fastscore.graph.autograd_nodes import Readers, sources
 
 # what may stand between a branch and the sum: linear in the branch, and nothing where that is nothing
 _SCALING = ("Mul", "Div", "NativeDropout", "ToCopy", "Clone", "Permute", "Transpose", "View", "UnsafeView", "Alias",
@@ -30,7 +31,6 @@ class Call:
 
 
 Calls: TypeAlias = Mapping[str, Sequence[Call | None]]
-Readers: TypeAlias = Mapping[Any, Sequence[Any]]
 Makers: TypeAlias = Mapping[Any, Sequence[tuple[int, str]]]
 
 
@@ -50,21 +50,6 @@ def note(calls: list[Call | None], module: nn.Module, args: tuple[Any, ...], kwa
                       len(output) if isinstance(output, tuple) else 0,
                       sum(tensor.grad_fn is not None for tensor in given) == 1))
     return output
-
-
-def readers_of(root: Any) -> Readers:
-    """Autograd node behind an output -> those that read what it makes, one for each time."""
-    readers: dict[Any, list[Any]] = {root: []}
-    work = [root]
-    while work:
-        node = work.pop()
-        for source, _ in node.next_functions if node is not None else ():
-            if source is not None:
-                if source not in readers:
-                    readers[source] = []
-                    work.append(source)
-                readers[source].append(node)
-    return readers
 
 
 def makers_of(calls: Calls) -> Makers:
@@ -101,19 +86,19 @@ def terms(nodes: Sequence[Any], readers: Readers) -> Iterator[Any]:
         seen.add(node)
         yield node
         if scales(node) or (len(readers.get(node, ())) == 1 and addends(node, readers)):
-            work += [source for source, _ in reversed(node.next_functions) if source is not None]
+            work += reversed(sources(node))
 
 
 def addends(node: Any, readers: Readers) -> list[list[Any]]:
     """What a sum adds up, each linear in any node of it; nothing of what is none. Of a stack, what is added up behind
     it; of `lerp`, both ends."""
-    name, sources = node.name(), [source for source, _ in node.next_functions]
+    name, taken = node.name(), [source for source, _ in node.next_functions]
     if name.startswith(("Addcmul", "Baddbmm")):
-        parts = [sources[:1], sources[1:]]
+        parts = [taken[:1], taken[1:]]
     elif name.startswith("Lerp"):
-        parts = [sources[:1], sources[1:2]]
+        parts = [taken[:1], taken[1:2]]
     elif (name.startswith(_ADDS) and not name.startswith(_NO_SUMS)) or _is_stacked_sum(node, readers):
-        parts = [[source] for source in sources]
+        parts = [[source] for source in taken]
     else:
         return []
     return [[source for source in part if source is not None] for part in parts]
@@ -204,8 +189,8 @@ def runs_before(name: str, call: Call, stream: Any, modules: Mapping[str, nn.Mod
     between = _between(call.node, stream)
     own, work, left = {call.node}, [call.node], dict[Any, int]()
     while work:  # nodes all of whose readers are among them
-        for source, _ in work.pop().next_functions:
-            if source is not None and source not in own:
+        for source in sources(work.pop()):
+            if source not in own:
                 left[source] = left.get(source, len(readers[source])) - 1
                 if not left[source]:
                     own.add(source)
@@ -228,10 +213,10 @@ def runs_before(name: str, call: Call, stream: Any, modules: Mapping[str, nn.Mod
     read, work = {call.source}, [call.source]
     while work:
         node = work.pop()
-        sources = [] if node is stream else [through[node]] if node in through else \
-            [source for source, _ in node.next_functions if source is not None]
-        work += [source for source in sources if source not in read]
-        read.update(sources)
+        before = [] if node is stream else [through[node]] if node in through else \
+            sources(node)
+        work += [source for source in before if source not in read]
+        read.update(before)
     if any(not within(other, name) for node in read if node not in between and node is not stream
            for _, other in makers.get(node, ())):
         return None

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from fastscore.graph.following.residual_sums import Calls, Readers, addends, scales, terms
+from fastscore.graph.autograd_nodes import Readers, sources
+from fastscore.graph.following.residual_sums import Calls, addends, scales, terms
 
 
 def why(modules: Mapping[str, nn.Module], calls: Calls, readers: Readers, told: Collection[tuple[Any, Any]]
@@ -21,14 +22,14 @@ def why(modules: Mapping[str, nn.Module], calls: Calls, readers: Readers, told: 
         """Whether one that is known comes to the sum as a part of what comes to it."""
         within = addends(made, readers)
         return (total, made) in told or (bool(within or scales(made)) and any(
-            is_told(made if within else total, source) for source in _sources(made)))
+            is_told(made if within else total, source) for source in sources(made)))
 
     noted = [(name, call) for name, module in modules.items() for call in calls[name] if call is not None
              and call.node in number and any(parameter.dim() > 1 for parameter in module.parameters())]
     found: dict[str, str] = {}
     for total in readers:
         parts = addends(total, readers)
-        for made in _sources(total) if len(parts) > 1 else ():
+        for made in sources(total) if len(parts) > 1 else ():
             own = [source for part in parts if made in part for source in part]
             others = [source for part in parts if made not in part for source in part]
             # of `x + one(x) + two(x)`, the stream of the second is in the first sum
@@ -42,7 +43,7 @@ def why(modules: Mapping[str, nn.Module], calls: Calls, readers: Readers, told: 
             name = next(name for name, call in inside if call.node is last)  # the outermost that returns it
             step = made
             while step is not last and scales(step):
-                step = next(source for source in _sources(step) if source is last or made_from(source, last))
+                step = next(source for source in sources(step) if source is last or made_from(source, last))
             if step is not last:
                 reason = f"what it returns goes through {step.name().partition('Backward')[0]} in the code around it " \
                          "before it is added"
@@ -62,15 +63,11 @@ def _behind(readers: Readers) -> dict[Any, int]:
         work = [root]
         while work:
             node = work[-1]
-            if later := [source for source in _sources(node) if source not in behind]:
+            if later := [source for source in sources(node) if source not in behind]:
                 work += later
                 continue
             work.pop()
             behind[node] = 0
-            for source in _sources(node):
+            for source in sources(node):
                 behind[node] |= behind[source] | bits[source]
     return behind
-
-
-def _sources(node: Any) -> list[Any]:
-    return [source for source, _ in node.next_functions if source is not None]

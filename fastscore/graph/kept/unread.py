@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastscore.graph.autograd_nodes import reach
 from fastscore.graph.following.nodes import PRODUCERS
-from fastscore.graph.following.noted_calls import reach
 from fastscore.graph.groups import Member, Role
 from fastscore.graph.layer_types import type_of
 from fastscore.modules.norms.channel_norms import norm_of

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fastscore.graph.autograd_nodes import sources
 from fastscore.graph.trials.known_samples import KnownSamples
 from fastscore.graph.trials.plain_layers import is_product, plain_kind, reads_one
 from fastscore.graph.trials.recording import replaced
@@ -90,7 +91,7 @@ def _runs_through_products(made: Tensor, x: Tensor) -> bool:
     source = torch.autograd.graph.get_gradient_edge(x).node
     products = 0
     while node is not source:
-        before = [] if node is None else [function for function, _ in node.next_functions if function is not None]
+        before = [] if node is None else sources(node)
         if len(before) != 1 or node.name() not in _PRODUCTS | _AROUND:
             return False
         products += node.name() in _PRODUCTS
