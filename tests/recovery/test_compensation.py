@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.batches.calls import call_model
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.recovery.compensation import mean_contributions, removed_positions
+from fastscore.recovery.compensation import constant_sum, mean_contributions, removed_positions
 
 QUICK = settings(max_examples=30, deadline=None)
 RESIDUAL = NETWORKS["residual"]
@@ -270,6 +270,17 @@ def test_any_convolution(case: tuple[nn.Module, Tensor], seed: int) -> None:
         exact, x = copy.deepcopy(layer).double(), x.double()
         expected = (exact(x + rows(mean, layer, x)) - exact(x)).movedim(1, 0).flatten(1).mean(1)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("padding", [(2, 0), "same", "valid"])
+def test_each_dimension_has_its_own_kernel(padding: Any) -> None:
+    stride = 1 if padding == "same" else (2, 3)
+    layer = nn.Conv2d(4, 6, (3, 2), stride, padding, dilation=(2, 1), groups=2).double()
+    x, mean = torch.randn(2, 4, 9, 11, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    (found,) = mean_contributions(nn.Sequential(layer), {"0": mean}, x, call_model).values()
+    expected = (layer(x + mean[:, None, None]) - layer(x)).detach().mean((0, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    assert (constant_sum(layer, mean, x.shape[1:]) is None) == isinstance(padding, str)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 5, 6), (2, 3, 5, 6)])
