@@ -94,6 +94,7 @@ def test_what_is_handed_for_each_head_is_told_from_what_is_not() -> None:
     module = nn.Module()
     images, bias, mask = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 5, 5), torch.zeros(2, 1, 5, 5)
     assert handed.biases(module, (images,), {"bias": bias, "mask": mask}, 3) == ("bias",)
+    assert handed.biases(module, (images,), {"bias": bias[:, None], "mask": mask[:, None]}, 3) == ("bias",)
     rows = torch.zeros(2, 5, 12)
     assert handed.biases(module, (rows,), {"residual": rows, "alibi": torch.zeros(6, 1, 5)}, 3) == ("alibi",)
     assert handed.biases(module, (rows,), {"residual": rows, "alibi": torch.zeros(2, 1, 5)}, 2) == ("alibi",)

@@ -111,6 +111,9 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
         **_BERT, "embedding_size": 32, "intra_bottleneck_size": 32, "initializer_range": 0.2}, "text"),
     ("T5ForConditionalGeneration", "T5Config", {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4,
                                                 "vocab_size": 60, "decoder_start_token_id": 0}, "pair"),
+    ("LongT5ForConditionalGeneration", "LongT5Config", {
+        "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 60,
+        "decoder_start_token_id": 0, "local_radius": 3}, "pair"),
     ("BartForConditionalGeneration", "BartConfig", _BART, "pair"),
     ("MarianMTModel", "MarianConfig", {**_BART, "pad_token_id": 0, "decoder_start_token_id": 0}, "pair"),
     ("PegasusForConditionalGeneration", "PegasusConfig", {**_BART, "pad_token_id": 0}, "pair"),

@@ -29,7 +29,8 @@ from fastscore.modules.narrower import staying
 from fastscore.wording import said
 
 # layers that make a bias for each head, of places of tokens
-_POSITIONS = ("cpb_mlp.2", "self.continuous_position_bias_mlp.2", "relative_attention_bias")
+_POSITIONS = ("cpb_mlp.2", "self.continuous_position_bias_mlp.2", "relative_attention_bias",
+              "global_relative_attention_bias")
 _TABLES = {"relative_position_bias_table": 1, "logit_scale": 0}  # parameters of a child -> where heads lie in them
 # queries, keys and values of other tokens, which are attended to together with the first, and what reads their heads
 _ADDED, _ADDED_OUTPUTS = ("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)

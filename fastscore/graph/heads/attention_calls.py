@@ -23,7 +23,7 @@ class Call:
     """The first call of a module.
 
     args, kwargs: copies, since a cache of keys and values would grow. handed: the arguments, by position or keyword,
-    that hold a bias for each head in their second dimension.
+    that hold a bias for each head in their last dimension but two.
     """
 
     args: tuple[Any, ...]
@@ -33,7 +33,7 @@ class Call:
     def of_heads(self, kept: Tensor) -> "Call":
         """The same call, but for the biases of heads that are not `kept` (int64)."""
         def narrow(place: int | str, value: Any) -> Any:
-            return value.index_select(1, kept.to(value.device)) if place in self.handed else value
+            return value.index_select(-3, kept.to(value.device)) if place in self.handed else value
 
         return replace(self, args=tuple(narrow(place, value) for place, value in enumerate(self.args)),
                        kwargs={name: narrow(name, value) for name, value in self.kwargs.items()})
@@ -149,7 +149,8 @@ def close(x: Tensor, expected: Tensor, tolerance: float = _TOLERANCE) -> bool:
 
 
 def _is_bias(value: object, heads: int) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4 and value.shape[1] == heads > 1
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() in (4, 5) and \
+        value.shape[-3] == heads > 1
 
 
 def _join(together: list[list[str]], name: str, makers: Iterable[str]) -> None:

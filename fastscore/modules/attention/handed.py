@@ -65,15 +65,15 @@ def narrow(module: nn.Module, gone: Tensor, width: int) -> None:
 
 
 def biases(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], heads: int) -> tuple[str, ...]:
-    """The arguments of a call that hold something for each of `heads` heads, the module's, in their second dimension of
-    four, or in the first, for each sample or for all, as BLOOM, MPT and Falcon have ALiBi's biases; those of which it
-    reads a part already."""
+    """The arguments of a call that hold something for each of `heads` heads, its own: of four or five dimensions in
+    the last but two, as T5's and, block by block, LongT5's, or of three in the first, for each sample or for all, as
+    BLOOM, MPT and Falcon have ALiBi's biases; those of which it reads a part already."""
     if _BIASES in vars(module):
         return tuple(vars(module)[_BIASES])
     given = {**dict(zip(_names(type(module), args), args, strict=False)), **kwargs}
     samples = len(first) if isinstance(first := next(iter(given.values()), None), Tensor) and first.dim() else 1
     return tuple(name for name, value in list(given.items())[1:] if name and isinstance(value, Tensor) and (
-        (value.dim() == 4 and value.shape[1] == heads > 1)
+        (value.dim() in (4, 5) and value.shape[-3] == heads > 1)
         or (value.dim() == 3 and value.shape[1] == 1 < heads and len(value) in (heads, samples * heads))))
 
 
@@ -106,10 +106,10 @@ def _names(cls: type[nn.Module], args: tuple[Any, ...]) -> list[str]:
 
 def _of_heads(value: Any, kept: Tensor, heads: int) -> Any:
     """What an argument holds for the heads `kept`."""
-    if not isinstance(value, Tensor) or value.dim() not in (3, 4):
+    if not isinstance(value, Tensor) or value.dim() not in (3, 4, 5):
         return value
     dim = value.dim() - 3
-    if value.shape[dim] % heads or (dim and value.shape[1] != heads):
+    if value.shape[dim] % heads or (dim and value.shape[dim] != heads):
         return value  # as a mask for all heads
     rows = torch.arange(value.shape[dim], device=value.device).view(-1, heads)
     return value.index_select(dim, rows.index_select(1, kept.to(value.device)).flatten())
