@@ -74,10 +74,8 @@ def recalibrate_on(model: nn.Module, batches: Iterable[Batch], forward: Forward,
                 _set_statistics(norms, before)
                 continue
             count += 1
-        uncalled = _uncalled(norms, process_group)
-        count = _average(norms, count, process_group)
-        put_back(uncalled)
-        if not count:
+        put_back(_average(norms, process_group))
+        if not _sum(count, norms, process_group):
             raise NothingToMeasure("batches: there is none to recalibrate on, or none that holds a sample")
         for name, norm in norms.items():
             if not (torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
@@ -127,26 +125,26 @@ def _measuring(model: nn.Module, norms: Mapping[str, Any]) -> Iterator[Callable[
             norm.momentum, norm.track_running_stats = settings[name]
 
 
-def _uncalled(norms: Mapping[str, Any], process_group: distributed.ProcessGroup | None) -> list[str]:
-    """Those that no batch of any process came by: that do not run, or whose statistics the model's own code reads (as
-    F.batch_norm does)."""
-    called = torch.tensor([float(norm.num_batches_tracked) for norm in norms.values()])
+def _average(norms: Mapping[str, Any], process_group: distributed.ProcessGroup | None) -> list[str]:
+    """Give every process the average over the calls of all; the norms that none of them came by: that do not run, or
+    whose statistics the model's own code reads (as F.batch_norm does)."""
+    own = torch.tensor([float(norm.num_batches_tracked) for norm in norms.values()])
+    calls = own.clone()
     if process_group is not None:
-        called = called.to(next(iter(norms.values())).running_mean.device)
-        distributed.all_reduce(called, group=process_group)
-    return [name for name, calls in zip(norms, called.tolist(), strict=True) if not calls]
+        calls = calls.to(next(iter(norms.values())).running_mean.device)
+        distributed.all_reduce(calls, group=process_group)
+        for norm, count, total in zip(norms.values(), own.tolist(), calls.tolist(), strict=True):
+            for statistic in (norm.running_mean, norm.running_var):
+                statistic.mul_(count / max(total, 1))  # of one that runs in some batches alone, those count
+                distributed.all_reduce(statistic, group=process_group)
+            norm.num_batches_tracked.fill_(int(total))
+    return [name for name, count in zip(norms, calls.tolist(), strict=True) if not count]
 
 
-def _average(norms: Mapping[str, Any], count: int, process_group: distributed.ProcessGroup | None) -> int:
-    """The average over the batches of all processes, in every one; how many they are."""
+def _sum(count: int, norms: Mapping[str, Any], process_group: distributed.ProcessGroup | None) -> int:
+    """A count of all processes."""
     if process_group is None:
         return count
-    device = next(iter(norms.values())).running_mean.device
-    total = torch.tensor([float(count)], device=device)
+    total = torch.tensor([float(count)], device=next(iter(norms.values())).running_mean.device)
     distributed.all_reduce(total, group=process_group)
-    for norm in norms.values():
-        for statistic in (norm.running_mean, norm.running_var):
-            statistic.mul_(count / total.clamp(min=1).item())
-            distributed.all_reduce(statistic, group=process_group)
-        norm.num_batches_tracked.fill_(int(total))
     return int(total)
