@@ -19,6 +19,7 @@ _ALONG = dict.fromkeys(("flip", "softmax", "log_softmax", "softmin", "logsumexp"
                         "min", "argmax", "argmin", "unbind", "narrow", "select", "index_select", "diff"), 0) | {
     "roll": 1, "topk": 1, "norm": 1, "normalize": 1, "vector_norm": 1, "quantile": 1, "glu": 0, "cat": 0, "concat": 0}
 _OF_ALL = {"mean", "std", "var", "median", "norm", "vector_norm", "quantile"}  # along all dimensions, if none is said
+_STATISTICS = {*_OF_ALL, "logsumexp", "amax", "amin", "sum", "prod", "max", "min"}
 _DEFAULTS = {"normalize": 1, "glu": -1, "cat": 0, "concat": 0, "unbind": 0}  # where they run along one, if none is said
 _FIRST_OF_IMAGES = {"group_norm", "pixel_shuffle", "channel_shuffle", "local_response_norm"}  # take the second for it
 _PARTS = {"chunk", "split", "tensor_split", "unflatten", "view", "reshape", "layer_norm"}
@@ -81,6 +82,11 @@ def tensors_in(node: ast.AST, around: Mapping[str, Any]) -> Sequence[ast.expr]:
     if name in _OF_SEVERAL:
         return args[0].elts if args and isinstance(args[0], ast.Tuple | ast.List) else []
     return args[:1] if name in _CALLED else []
+
+
+def is_statistic(node: ast.AST, around: Mapping[str, Any]) -> bool:
+    """Whether this computes numbers over what lies along a dimension, or along all."""
+    return isinstance(node, ast.Call) and _call(node, around)[0] in _STATISTICS
 
 
 def _call(node: ast.Call, around: Mapping[str, Any]) -> tuple[str, list[ast.expr]]:

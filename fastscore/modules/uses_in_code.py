@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
-from fastscore.modules.channel_uses import Position, Use, flag_in, is_none, is_size, tensors_in
+from fastscore.modules.channel_uses import Position, Use, flag_in, is_none, is_size, is_statistic, tensors_in
 from fastscore.modules.reachable_code import is_torchs
 from fastscore.modules.source import source_of
 from fastscore.modules.tensor_expressions import Step, held_by, inlined, substituted
@@ -16,6 +16,7 @@ from fastscore.modules.tensor_expressions import Step, held_by, inlined, substit
 _OF_THEIR_OWN = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)  # code objects
 _CHOICES = (ast.If, ast.While, ast.For, ast.Try, ast.ExceptHandler, ast.With, ast.match_case)
 _ENDS = (ast.Return, ast.Continue, ast.Break)
+_COMPUTING = (ast.BinOp, ast.Call, ast.Compare, ast.Subscript, ast.UnaryOp)  # an instruction each
 _DEEP = 3  # functions that are looked into from one another
 _Asked = tuple[tuple[ast.expr, bool], ...]
 
@@ -100,6 +101,8 @@ class _Reader:
             return Use(node, position, tensor, lines, steps, self._parts, self._function, (*asked, *inner), by, within,
                        alike)
 
+        if isinstance(node, _COMPUTING):
+            yield from self._of_before(node, position, lines, steps, asked)
         whole = [each for each in tensors_in(node, self._function.__globals__) if held_by(each)]
         side_by_side = len(whole) > 1 and whole[0] not in node.args  # parts of one variable, put together again
         if not side_by_side or len({_variables(each, steps) for each in whole}) > 1:
@@ -131,6 +134,24 @@ class _Reader:
                 if held_by(inside) | (set() if by is None else held_by(by)) <= put.keys() and \
                         held_by(tensor := substituted(inside, put)):
                     yield use(tensor, None if by is None else substituted(by, put), inner)
+
+    def _of_before(self, node: ast.AST, position: Position, lines: tuple[int, ...], steps: tuple[Step, ...],
+                   asked: _Asked) -> Iterator[Use]:
+        """Statistics that the variables of an expression were computed of before."""
+        around = self._function.__globals__
+        work, seen = list[tuple[ast.AST, tuple[Step, ...]]]((name, steps) for name in _read(node)), set[int]()
+        while work:
+            value, before = work.pop()
+            for each in ast.walk(value):
+                if is_statistic(each, around):
+                    yield from (Use(each, position, tensor, lines, before, self._parts, self._function, asked)
+                                for tensor in tensors_in(each, around) if held_by(tensor))
+                at = next((at for at in reversed(range(len(before))) if isinstance(each, ast.Name)
+                           and before[at][1] == each.id), None)
+                if at is not None and at not in seen:
+                    seen.add(at)
+                    if not any(isinstance(part, ast.IfExp) for part in ast.walk(before[at][2])):  # read by itself
+                        work.append((before[at][2], before[:at]))
 
     def _alike(self, node: Any) -> Iterator[Position]:
         """Where another loop over as many indexes the same by its variable, of one that only indexes by it: the same
@@ -176,6 +197,15 @@ class _Reader:
         elif isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == "self":
             found = inspect.getattr_static(self._kind, func.attr, None) if self._kind is not None else None
         return found if isinstance(found, FunctionType) and not is_torchs(found) else None
+
+
+def _read(node: ast.AST) -> Iterator[ast.Name]:
+    """Variables that an expression computes with, but for those of the expressions in it that compute."""
+    for each in ast.iter_child_nodes(node):
+        if isinstance(each, ast.Name):
+            yield each
+        elif not isinstance(each, _COMPUTING):
+            yield from _read(each)
 
 
 def _counts_of_self(loop: ast.For) -> bool:

@@ -127,6 +127,17 @@ class Total(Net):
         return h
 
 
+class Before(Net):
+    """What is computed before the branch, and means nothing without it."""
+
+    def between(self, h: Tensor) -> Tensor:
+        size = h.detach().norm(dim=1, keepdim=True)
+        inverse = 1e4 / size
+        if self.other or (size > 1e4).any():
+            h = h * inverse.clamp(max=1)
+        return h
+
+
 class Softmax(Net):
     def between(self, h: Tensor) -> Tensor:
         if self.other:
@@ -315,6 +326,13 @@ def test_what_means_channels_keeps_them(kind: type[Net]) -> None:
     assert graph.skipped[name].startswith(f"{STAY[kind]} in {'averaged' if kind is ByFunction else kind.__name__}")
     line = int(re.search(r"\(line (\d+) of test_unrun.py\), which example_inputs do not", graph.skipped[name])[1])
     assert re.sub("[() ]", "", STAY[kind]) in re.sub("[() ]", "", linecache.getline(__file__, line).replace('"', "'"))
+
+
+def test_a_statistic_that_a_branch_reads_keeps_them() -> None:
+    said = trace(noisy(Before), X).skipped["first"]
+    assert said.startswith("h.detach().norm(dim=1, keepdim=True) in Before.between (line ")
+    line = int(re.search(r"\(line (\d+) of test_unrun.py\), which example_inputs do not", said)[1])
+    assert "inverse.clamp" in linecache.getline(__file__, line)
 
 
 class Doubled(Attention):
