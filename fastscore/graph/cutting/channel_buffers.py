@@ -98,7 +98,7 @@ class _Buffers(tp.function.BasePruningFunc):  # type: ignore[misc]
 
 
 class _Weights(tp.function.BasePruningFunc):  # type: ignore[misc]
-    """Of Linears, BatchNorms and convolutions of one group: what Torch-Pruning makes of them, without lists of Python's numbers.
+    """Of Linears, BatchNorms and convolutions of one group: what Torch-Pruning makes of them, in less time.
 
     outputs, inputs: the attribute that counts them, and the tensors that lose some of their first dimension, or second.
     """
