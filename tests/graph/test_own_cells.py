@@ -205,3 +205,40 @@ def test_widths_written_in_the_code(asks: str) -> None:
     graph = trace(whole_way.noisy(lambda: Written(asks)), _inputs())
     assert [group.name for group in graph.groups] == ["embed", "inner"]
     assert graph.skipped["cell.i2h"].startswith("the code of Written makes zeros of 8 channels that meet them")
+
+
+class OfVectors(nn.Module):
+    """Layers that read a constant without samples: embeddings of positions, numbered once for all, and a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 4), nn.Linear(4, UNITS), nn.Linear(UNITS, 3)
+        self.positions, self.gate = nn.Embedding(6, 4), nn.Linear(7, UNITS)
+        self.register_buffer("held", torch.linspace(-1, 1, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, 5] -> [N, 3]."""
+        x = torch.tanh(self.first(x) + self.positions(torch.arange(x.shape[1], device=x.device)))
+        return self.head((self.second(x).tanh() * self.gate(self.held).sigmoid()).mean(1))
+
+
+def test_constants_without_samples(tmp_path: Path) -> None:
+    small = whole_way.check(OfVectors, _inputs(), ["first", "second"], tmp_path).model
+    assert small.positions.embedding_dim == 2
+    assert small.gate.out_features == small.second.out_features == UNITS // 2
+
+
+class Sparse(nn.Module):
+    """Its first layer reads a sparse tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 4, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 5] -> [N, 3]."""
+        return self.head(torch.relu(self.first(x.to_sparse())))
+
+
+def test_sparse_inputs_are_no_error() -> None:
+    assert "sparse" in trace(Sparse(), torch.randn(2, 5)).skipped["first"]

@@ -217,10 +217,10 @@ class Recording:
         """Note of a call that no gradient leaves which places of the channels hold anything, bool [C]; None: all may.
 
         Where all is 0, as in the state that a cell begins with, whatever goes is worth nothing."""
-        if x.is_nested or not x.dim():
+        if x.is_nested or x.layout != torch.strided or not x.dim():
             self.first_layers[layer] = None
             return
-        held = x.movedim(self._dims[layer], -1).flatten(0, -2).any(0)
+        held = x.movedim(self._dims[layer], -1)[None].flatten(0, -2).any(0)
         if not bool(held.all()):
             self.from_zeros.add(layer)
         if bool(held.any()):
