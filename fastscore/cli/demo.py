@@ -17,7 +17,7 @@ def add(commands: Commands) -> None:
         "at random, repair them without labels, fine-tune them briefly with, and compare.",
         "fastscore demo\nfastscore demo --networks 1 --seed 3 --out demo.png")
     command.add_argument("--out", metavar="PNG", default="fastscore-demo.png", help="the plot (default: %(default)s)")
-    command.add_argument("--networks", type=positive, default=5, metavar="N",
+    command.add_argument("--networks", type=positive, default=4, metavar="N",
                          help="networks to train and average, each with a split of its own (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="seed of the first network (default: %(default)s)")
     add_json(command, "every outcome")
