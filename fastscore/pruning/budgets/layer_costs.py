@@ -138,6 +138,6 @@ def layer_cost(layer: nn.Module, macs: float, counted: set[int]) -> LayerCost:
         return LayerCost(outputs, outputs, True, macs / outputs, 0.0, parameters / outputs)
     width = outputs if channelwise else inputs * outputs
     copies = len(layer.weight) if isinstance(layer, ParameterLinear) and layer.weight.dim() == 3 else 1
-    weights = numel(layer._parameters.get("weight")) / width / copies
-    return LayerCost(inputs, outputs, channelwise, macs / width, weights, numel(layer._parameters["bias"]) / outputs,
+    weights, biases = (numel(layer._parameters.get(name)) for name in ("weight", "bias"))
+    return LayerCost(inputs, outputs, channelwise, macs / width, weights / width / copies, biases / outputs,
                      copies=copies)
