@@ -17,12 +17,12 @@ def with_source(function: FunctionType, code: CodeType, numbers: Mapping[int, in
     """
     if (source := source_of(function)) is None:
         return code
-    lines, indent, places = list(source.lines), source.indent, []
+    lines, places = list(source.lines), []
     for old, new in numbers.items():
         found = list(places_of(source.tree, old))
         if len(found) != 1 or found[0].lineno != found[0].end_lineno:
             return code
-        places.append((found[0].lineno - 1, found[0].col_offset + indent, (found[0].end_col_offset or 0) + indent, new))
+        places.append((found[0].lineno - 1, found[0].col_offset, found[0].end_col_offset, new))
     for line, begin, end, new in sorted(places, reverse=True):
         text = lines[line].encode()  # in which ast counts
         lines[line] = (text[:begin] + str(new).encode() + text[end:]).decode()

@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Source:
-    """lines: of the file, from number `first` on. indent: of the first of them. tree: what they say, without that."""
+    """lines: of the file, from number `first` on. tree: what they say; its lines are numbered from 1, its columns are
+    the file's."""
 
     lines: Sequence[str]
     first: int
-    indent: int
     tree: ast.Module
 
 
@@ -21,11 +21,14 @@ def source_of(function: Any) -> Source | None:
     """What a function says; None where nothing says that, as of one that was not written in a file."""
     try:
         lines, first = inspect.getsourcelines(function)
-        indent = len(lines[0]) - len(lines[0].lstrip())
-        tree = ast.parse("".join(line[min(indent, len(line) - len(line.lstrip(" \t"))):] for line in lines))
+        if not lines[0][0].isspace():
+            return Source(lines, first, ast.parse("".join(lines)))
+        tree = ast.parse("".join(["if 1:\n", *lines]))  # lines may begin before the first, as within brackets
     except (OSError, TypeError, SyntaxError):
         return None
-    return Source(lines, first, indent, tree)
+    tree.body = tree.body[0].body  # type: ignore[attr-defined]
+    ast.increment_lineno(tree, -1)
+    return Source(lines, first, tree)
 
 
 def tree_of(function: Any) -> ast.Module | None:

@@ -32,14 +32,14 @@ def uses_in(function: FunctionType, kind: type | None, depth: int = 0) -> tuple[
     if source is None or not isinstance(body, ast.FunctionDef):
         return ()
     ast.increment_lineno(source.tree, max(source.first, 1) - 1)
-    return tuple(_Reader(function, kind, source.tree, source.indent, depth).read(body))
+    return tuple(_Reader(function, kind, source.tree, depth).read(body))
 
 
 class _Reader:
     """Reads what a function says, statement by statement: see uses_in."""
 
-    def __init__(self, function: FunctionType, kind: type | None, tree: ast.AST, indent: int, depth: int) -> None:
-        self._function, self._kind, self._indent, self._depth = function, kind, indent, depth
+    def __init__(self, function: FunctionType, kind: type | None, tree: ast.AST, depth: int) -> None:
+        self._function, self._kind, self._depth = function, kind, depth
         halves = [target for each in ast.walk(tree) if isinstance(each, ast.Assign) and isinstance(
             each.value, ast.BinOp) and isinstance(each.value.op, ast.FloorDiv) and is_size(each.value.left)
             for target in each.targets]
@@ -72,7 +72,7 @@ class _Reader:
         """chosen: whether it may be passed by. place: of a loop within an expression that it is in."""
         if isinstance(node, ast.FunctionDef | ast.Lambda):
             return
-        here = place or _position(node, self._indent)
+        here = place or _position(node)
         training = isinstance(node, ast.If | ast.IfExp) and any(
             isinstance(each, ast.Attribute) and each.attr == "training" for each in ast.walk(node.test))
         self._in_training += training
@@ -165,7 +165,7 @@ class _Reader:
                     continue
                 beside = [nodes[0] for key, nodes in own.items() if key not in others]
                 if all(isinstance(each.value, ast.Name) and self._is_given(each.value.id) for each in beside):
-                    yield from (at for each in others.get(place, ()) if (at := _position(each, self._indent)))
+                    yield from (at for each in others.get(place, ()) if (at := _position(each)))
 
     def _is_given(self, name: str) -> bool:
         """Whether a variable holds nothing but what the function is given, or methods of such a thing return."""
@@ -250,8 +250,8 @@ def _carries(body: Sequence[ast.AST]) -> bool:
                    for name in stored)
 
 
-def _position(node: ast.AST, indent: int) -> Position | None:
-    return (node.lineno, node.end_lineno, node.col_offset + indent, (node.end_col_offset or 0) + indent) \
+def _position(node: ast.AST) -> Position | None:
+    return (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset or 0) \
         if isinstance(node, ast.expr) else None
 
 

@@ -18,6 +18,14 @@ def twice(x: int) -> int:
     return x + 3 + x * 3
 
 
+class Holder:
+    """With a method, whose lines begin anywhere within brackets."""
+
+    def method(self, x: int) -> str:
+        return "é".join((str(x),
+  "second", str(30)))
+
+
 def changed(function: FunctionType, numbers: dict[int, int]) -> FunctionType:
     """A function with the source of `function` with other numbers, and its code as it is."""
     return FunctionType(with_source(function, function.__code__, numbers), function.__globals__)
@@ -29,6 +37,11 @@ def test_numbers_are_replaced_where_they_stand() -> None:
     with pytest.raises(ZeroDivisionError) as raised:
         made(0)
     assert '"ü" * (20) + str(x // (x + 0))' in "".join(traceback.format_exception(raised.value))
+
+
+def test_lines_may_begin_before_the_first() -> None:
+    made = changed(Holder.method, {30: 29})
+    assert inspect.getsource(made).strip() == inspect.getsource(Holder.method).strip().replace("30", "29")
 
 
 def test_code_stays_whose_source_is_not_sure() -> None:
