@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fastscore import plots
-from fastscore.cli.digits import IMPORTANCES, SHARES, TARGET, Result
+from fastscore.cli import digits
+from fastscore.cli.digits import IMPORTANCES, TARGET, Result
 
 _COLOURS = {"fastscore": plots.COLOUR, "magnitude": "#d9730d", "random": "#7f7f7f"}
 
@@ -22,7 +23,7 @@ def draw(result: Result, path: str | PathLike[str]) -> None:
         outcomes = result.outcomes[name]
         colour = _COLOURS[name]
         mean, deviation = _moments([(dense, *outcome.curve) for outcome in outcomes])
-        remains = torch.tensor([1.0, *SHARES]).numpy()
+        remains = torch.tensor([1.0, *digits.SHARES]).numpy()
         curves.plot(remains, mean, "o-", color=colour, markersize=4, label=name)
         curves.fill_between(remains, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
         repaired, tuned = (statistics.mean(getattr(outcome, stage) for outcome in outcomes)

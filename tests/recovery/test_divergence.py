@@ -25,7 +25,7 @@ def test_divergence_is_agreement_and_kl_for_every_kind_of_output() -> None:
     assert one.agreement == 0.5
     broken = divergence([p], [torch.full_like(p, math.nan)])
     assert (broken.agreement, broken.kl) == (0, math.inf)
-    with pytest.raises(ValueError, match="none to compare"):
+    with pytest.raises(ValueError, match="held_out: the batches that judge hold no sample"):
         divergence([], [])
     with pytest.raises(ValueError, match="returns"):
         divergence([p], [q[:, :, :2]])

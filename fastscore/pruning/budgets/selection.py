@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -181,13 +182,12 @@ class OutOfReachError(ValueError):
     """A budget that no choice of channels keeps; `least` is the share that remains of it without all of them."""
 
     def __init__(self, unit: Resource, share: float, least: float) -> None:
-        super().__init__(unit, share, least)
+        super().__init__(f"{unit}: {share:g} cannot be reached: with every removable channel gone, {rounded_up(least)} "
+                         f"of the {unit} remain; ask for more, lower the floor or round_to, or ignore fewer layers")
         self.unit, self.share, self.least = unit, share, least
 
-    def __str__(self) -> str:
-        return f"{self.unit}: {self.share:g} cannot be reached: with every removable channel gone, " \
-               f"{rounded_up(self.least)} of the {self.unit} remain; ask for more, lower the floor or round_to, or " \
-               "ignore fewer layers"
+    def __reduce__(self) -> tuple[type["OutOfReachError"], tuple[Resource, float, float], dict[str, Any]]:
+        return OutOfReachError, (self.unit, self.share, self.least), {"args": self.args}  # others add to what it says
 
 
 def rounded_up(share: float) -> str:
