@@ -242,3 +242,28 @@ class Sparse(nn.Module):
 
 def test_sparse_inputs_are_no_error() -> None:
     assert "sparse" in trace(Sparse(), torch.randn(2, 5)).skipped["first"]
+
+
+class Shifted(nn.Linear):
+    """Its own code adds a single zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.new_zeros(2)[0]
+
+
+class Stray(nn.Module):
+    """Makes zeros that are no state: a concatenation writes over them, and a layer adds one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(10, UNITS), Shifted(UNITS, UNITS), nn.Linear(UNITS, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 5] -> [N, 3]."""
+        both = x.new_zeros(len(x), 10)
+        torch.cat([x, x], 1, out=both)
+        return self.head(self.second(self.first(both).tanh()).tanh())
+
+
+def test_zeros_that_are_no_state(tmp_path: Path) -> None:
+    whole_way.check(Stray, _inputs(3, 5), ["first", "second"], tmp_path)

@@ -103,8 +103,9 @@ def _zeros_at(graph: Any, node: Any, function: Any) -> Iterator[tuple[Cut, int, 
             if zeros.shape[-1] == node.module.in_features and (code := graph.calls.zeros_of(zeros)) is not None:
                 yield code, zeros.shape[-1], 0
     for met in graph.calls.met.get(node.module, ()) if reads else ():
-        at = channel_dim(node.module) % len(met.shape)
-        yield met.code, met.shape[at], met.begin if met.dim == at else 0
+        if met.shape:  # a single zero has no channels
+            at = channel_dim(node.module) % len(met.shape)
+            yield met.code, met.shape[at], met.begin if met.dim == at else 0
     for met in graph.calls.met.get(node.grad_fn, ()) if node in graph._dims and node.type not in PRODUCERS else ():
         at, joined = graph._dims[node] - len(shape(node)), met.dim == graph._dims[node]
         if -at <= len(met.shape) and (joined or met.shape[at] == shape(node)[at]):

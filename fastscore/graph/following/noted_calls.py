@@ -1,7 +1,7 @@
 """What a traced run shows beside what autograd keeps of it."""
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -221,10 +221,11 @@ class NotedCalls(TorchFunctionMode):
             if output.is_floating_point() and (code := cut_of(None)) is not None:
                 self._zeros.setdefault(_memory(output), (output, code))
             return
-        for x in tensors_of(args) if self._zeros else ():
+        taken = list(tensors_of(args)) if joined is None else joined[0]
+        for at, x in enumerate(taken) if self._zeros else ():
             if (code := self.zeros_of(x)) is None:
                 continue
-            parts = self._parts_of(x, code, output, joined)
+            parts = self._parts_of(x, code) if joined is None else [_joined(taken, at, joined[1] % output.dim(), code)]
             if output.grad_fn is None:
                 self._zeros.setdefault(_memory(output), (output, code))
                 if joined is not None or x.shape == output.shape:
@@ -233,16 +234,15 @@ class NotedCalls(TorchFunctionMode):
             for where in (output.grad_fn, calling_module()):
                 self.met.setdefault(where, []).extend(parts)
 
-    def _parts_of(self, x: Tensor, code: Cut, output: Tensor, joined: tuple[list[Tensor], int] | None
-                  ) -> list[MetZeros]:
-        """What is zeros of what an operation takes: all of `x`, or where it joins that to others, or where what was
-        joined to make `x` was zeros."""
-        if joined is not None:
-            tensors, dim = joined[0], joined[1] % output.dim()
-            begin = sum(_widths(tensors[:next(at for at, each in enumerate(tensors) if each is x)], dim))
-            return [MetZeros(tuple(x.shape), code, dim, begin)]
+    def _parts_of(self, x: Tensor, code: Cut) -> list[MetZeros]:
+        """What is zeros of what an operation takes: all, or where what was joined to make it was zeros."""
         shape, parts = self._parts.get(_memory(x), (None, []))
         return parts.copy() if shape == x.shape else [MetZeros(tuple(x.shape), code)]
+
+
+def _joined(tensors: Sequence[Tensor], at: int, dim: int, code: Cut) -> MetZeros:
+    """Those at a place of tensors that are joined along `dim`."""
+    return MetZeros(tuple(tensors[at].shape), code, dim, sum(_widths(tensors[:at], dim)))
 
 
 def _takes_values(func: Any, tensor: Tensor, args: Any) -> bool:
