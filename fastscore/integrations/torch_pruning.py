@@ -88,7 +88,7 @@ def _spread(index: Sequence[int], sources: Iterable[tuple[Sequence[int | None], 
     at: dict[int, list[int]] = {}
     for number, each in enumerate(index):
         at.setdefault(int(each), []).append(number)
-    total, count = torch.zeros(2, len(index), dtype=torch.float64)
+    total, count = torch.zeros(2, len(index), dtype=torch.float64, device="cpu")
     for places, channels, values in sources:
         for place, channel in zip(places, channels, strict=True):
             if place is not None and channel is not None:
@@ -108,11 +108,12 @@ def _makes_channels(layer: str | None, module: nn.Module, scores: Scores) -> boo
     """Whether a layer's outputs are the channels that `scores[layer]` speaks of, unless they are stale.
 
     Attention heads are scored under the name of the layer that makes their queries. Where that one makes keys and
-    values too, its outputs are more than the channels, and Torch-Pruning means something else by removing them.
+    values too, its outputs are more than the channels, and Torch-Pruning means something else by removing them. So are
+    those of a layer of which something keeps a part.
     """
     if layer is None or layer not in scores or not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
         return False
-    return not isinstance(module, nn.Linear) or module.out_features <= len(scores[layer])
+    return (module.out_features if isinstance(module, nn.Linear) else module.out_channels) <= len(scores[layer])
 
 
 def _misfit(scores: Scores, graph: Any, layers: set[str | None] | None) -> str | None:

@@ -256,3 +256,25 @@ def test_attention_heads_go_by_their_scores() -> None:
         assert torch.equal(getattr(attention, name).weight, weight[kept]), name
     assert attention.o_proj.in_features == 4
     assert torch.isfinite(model(x)).all()
+
+
+class Partly(nn.Module):
+    """A convolution of whose outputs a part goes, where something runs over the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.rest = 6, 4
+        self.first, self.last = nn.Conv2d(3, 10, 1), nn.Conv2d(10, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        part, rest = self.first(x).split([self.part, self.rest], 1)
+        return self.last(torch.cat([part.relu(), rest.softmax(1)], 1))
+
+
+def test_a_layer_with_scores_of_a_part_of_its_outputs_is_left_alone() -> None:
+    model, x = Partly().eval(), torch.randn(2, 3, 4, 4)
+    scores = scored(model, x)
+    assert {layer: len(values) for layer, values in scores.items()} == {"first": 6}
+    graph = tp.DependencyGraph().build_dependency(model, x)
+    group = graph.get_pruning_group(model.first, tp.prune_conv_out_channels, list(range(10)))
+    assert Importance(scores)(group) is None
