@@ -22,6 +22,7 @@ from fastscore.modules.weights import (
     held_weights,
     own_norms,
     own_products,
+    spelled_out,
     transposed_linear,
 )
 from fastscore.modules.wrappers import check_whole
@@ -127,7 +128,7 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
                for parameter in may_be_written(model) if parameter is not None}
     shared |= {id(part): scripted.opaque(part) for _, part in scripted.outermost(model)}
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
-    eval_model = deepcopy(model, shared)
+    eval_model = spelled_out.spell_out(deepcopy(model, shared))
     computed_weights.mark_copies(model, eval_model)
     enter_evaluation(eval_model)
     of_what_was_noted = (weights.replace(eval_model, model) for weights in (called_layers, own_products, own_norms))

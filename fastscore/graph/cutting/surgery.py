@@ -19,6 +19,7 @@ from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.inspection import submodule
 from fastscore.modules.weights import called_layers, held_weights, own_products, recurrent
 from fastscore.modules.weights.computed_weights import compute_on_in, make_plain
+from fastscore.modules.weights.spelled_out import spell_out
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
 # "inputs", "outputs", "heads" (and COUNTS_ALONE, where nothing is a width of them), "head_dims", "rotary", "block", a
@@ -151,7 +152,7 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
     # .data: detach() would share autograd's count of changes with the model's own, for good
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.data, parameter.requires_grad)
                               for parameter in model.parameters() if type(parameter) is nn.Parameter}
-    copy = deepcopy(model, shared | own_copies(model))
+    copy = spell_out(deepcopy(model, shared | own_copies(model)))
     compute_on_in(model, copy)
     called_layers.remember_in(model, copy)
     own_products.remember_in(model, copy)
