@@ -16,6 +16,8 @@ class OperationsRun(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        if decorators := sys.modules.get("torch._dynamo.decorators"):
+            decorators.skip(OperationsRun.__torch_dispatch__)  # as such; what it runs, below
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

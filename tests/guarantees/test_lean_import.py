@@ -4,7 +4,13 @@ does."""
 import subprocess
 import sys
 
+import torch
+import torch.nn.functional as F
 from started import environment
+from torch import Tensor, nn
+
+import fastscore
+from fastscore.modules.operations_run import OperationsRun
 
 HEAVY = {"torchvision", "transformers", "matplotlib", "pandas", "onnx", "onnxruntime", "openvino", "PIL",
          "torch._dynamo", "torch._inductor", "torch.utils.flop_counter", "triton", "sympy"}
@@ -33,3 +39,22 @@ def heavy_after(code: str) -> set[str]:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300,
                          env=environment())
     return set(ran.stdout.split())
+
+
+class Compiled(nn.Module):
+    """A function of its code is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+        self.relu = torch.compile(F.relu, backend="eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.relu(self.b(self.relu(self.a(x)))))
+
+
+def test_what_sees_operations_is_not_compiled_where_a_model_compiles() -> None:
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    assert list(fastscore.score(Compiled(), [torch.randn(4, 5)], progress=False)) == ["a", "b"]
+    assert not _debug_get_cache_entry_list(OperationsRun.__torch_dispatch__.__code__)
