@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastscore.batches.parts import tensors_of
-from fastscore.modules import scripted
+from fastscore.modules import scripted, written_parameters
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.copying import ATOMS, deepcopy, own_attributes
 from fastscore.modules.modes import enter_evaluation
@@ -46,8 +46,11 @@ def own_copies(model: nn.Module) -> dict[int, Any]:
 
 
 def may_be_written(model: nn.Module) -> Iterator[nn.Parameter | None]:
-    """The parameters that a forward pass of modules' own code may write to: rows of an embedding that are scaled in
-    place to a norm; what code that writes to tensors (`self.weight.data *= self.mask`) holds, or names in its parts."""
+    """The parameters that a forward pass of modules' own code was seen to write to, or may: rows of an embedding that
+    are scaled in place to a norm; what code that writes to tensors (`self.weight.data *= self.mask`) holds, or names in
+    its parts."""
+    if written := written_parameters.noted(model):
+        yield from (parameter for name, parameter in model.named_parameters() if name in written)
     named: dict[type[nn.Module], set[str]] = {}  # most modules of a model are of few classes
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
@@ -130,6 +133,7 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
     eval_model = spelled_out.spell_out(deepcopy(model, shared))
     computed_weights.mark_copies(model, eval_model)
+    written_parameters.note(eval_model, written_parameters.noted(model))
     enter_evaluation(eval_model)
     of_what_was_noted = (weights.replace(eval_model, model) for weights in (called_layers, own_products, own_norms))
     for handle in itertools.chain(*of_what_was_noted, multihead_attention.replace_attention(eval_model),

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.calls import Forward, hand_copies_to, is_call_model
 from fastscore.batches.parts import Batch, map_tensors, tensors_of
+from fastscore.modules import written_parameters
 from fastscore.modules.copying import own_attributes
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.handles import undone_on_error
@@ -68,6 +69,7 @@ def check_first_run(model: nn.Module, batch: Batch, forward: Forward) -> set[str
     writes to the batch. Whatever a module of the model holds is what it was.
     """
     copied, own = evaluation_copy(model), _named_tensors(model)
+    writing = written_parameters.Writing(copied, model)
     for tensor in _named_tensors(copied):
         own.pop(tensor, None)
     before = [(name, module, _values(module)) for name, module in model.named_modules()]
@@ -77,8 +79,10 @@ def check_first_run(model: nn.Module, batch: Batch, forward: Forward) -> set[str
         watch, noting = _OwnTensors(own), noted_uses.Noting(copied)
         parameters = {name for name, _ in copied.named_parameters()}
         with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), _written(copied) as written, \
-                suppress(Exception), watch, noting:
+                suppress(Exception), watch, noting, writing:
             forward(copied, given)  # whoever runs it next tells exceptions of its code
+        if writing.remember(model):
+            return check_first_run(model, batch, forward)
         held = next((f"{name}.{where}".lstrip(".") for name, module, values in before
                      if (where := _changed(values, _values(module)))), None)
         if watch.read is not None or held is not None:

@@ -94,7 +94,26 @@ class ScalingByList(Scaling):
         return F.embedding(x, self.table, *settings)
 
 
-@pytest.mark.parametrize("kind", [Scaling, ScalingByPlace, ScalingBags, ScalingByList])
+ROWS: dict[str, Callable[..., Tensor]] = {
+    "kept": lambda x, table: F.embedding(x, table, None, 0.5),
+    "bags": lambda x, table: F.embedding_bag(x.reshape(-1, 1), table, None, 0.5).unflatten(0, x.shape),
+    "clamped": lambda x, table: F.embedding(x, table.detach().clamp_(-0.2, 0.2))}
+
+
+class ScalingByFunctions(Scaling):
+    """Code that does not say which of the functions that it holds it calls."""
+
+    names: tuple[str, ...] = ("kept", "bags")
+
+    def rows(self, x: Tensor) -> Tensor:
+        return sum(ROWS[name](x, self.table) for name in self.names)
+
+
+class Clamping(ScalingByFunctions):
+    names = "clamped",
+
+
+@pytest.mark.parametrize("kind", [Scaling, ScalingByPlace, ScalingBags, ScalingByList, ScalingByFunctions, Clamping])
 def test_rows_that_a_function_scales_stay(kind: type[Scaling]) -> None:
     model, x = kind().eval(), torch.randint(9, (4, 5))
     with untouched(model):
@@ -124,6 +143,22 @@ def test_a_head_that_reads_rows_as_they_are_scaled_has_a_way_out() -> None:
         assert model.words.weight.norm(dim=1).max() < 0.5 + 1e-6
     with untouched(model):
         assert "up" in fastscore.score(model, [x], progress=False)
+
+
+class TiedByFunction(TiedScaling):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words.max_norm = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.embedding(x, self.words.weight, None, 0.5)
+        return F.linear(h + self.down(torch.relu(self.up(h))), self.words.weight)
+
+
+def test_a_weight_that_a_function_writes_to_is_named() -> None:
+    model, x = TiedByFunction().double().eval(), torch.randint(9, (4, 5))
+    with untouched(model), pytest.raises(ValueError, match=r"its code writes to words\.weight whenever it runs"):
+        fastscore.score(model, [x], progress=False)
 
 
 def test_weights_that_no_code_names_are_shared() -> None:

@@ -12,6 +12,7 @@ from fastscore.batches.devices import usable
 from fastscore.batches.parts import Batch, map_tensors, tensors_of, version_of
 from fastscore.graph.trials.plain_layers import plain_kind
 from fastscore.graph.trials.recording import Recording
+from fastscore.modules import written_parameters
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import put_on
 
@@ -54,6 +55,10 @@ def overwriting(model: nn.Module, run: Callable[[nn.Module], object]) -> str:
                "weight, too, so that gradients of one run are lost in the next, and what it returns depends on what " \
                f"it was given before: let it scale all rows once, model.{scaled}(torch.arange(model.{scaled}" \
                f".num_embeddings)), and set model.{scaled}.max_norm = None"
+    if (written := sorted(written_parameters.noted(model))) and not layer:
+        return f"its code writes to {written[0]} whenever it runs, and reads it, too, so that gradients of one run " \
+               "are lost in the next, and what it returns depends on what it was given before: do that once, before, " \
+               "and not in forward (of rows that are looked up, leave max_norm out)"
     return f"its code writes in place to what {layer or 'an operation'} has read, so that no gradient can be " \
            "computed, here or in training: write `x = x + branch(x)`, where it says `x += branch(x)`"
 
