@@ -26,7 +26,7 @@ def run_fingerprint(model: nn.Module, origin: Mapping[str, Any], **options: Any)
     """
     structure, weights = hashlib.sha256(), hashlib.sha256()
     for name, module in model.named_modules():
-        structure.update(f"{name}\0{type(module).__qualname__}\0{module.extra_repr()}\0".encode())
+        structure.update(f"{name}\0{type(module).__qualname__}\0{settings_of(module)}\0".encode())
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         weights.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         weights.update(files.bytes_of(tensor))
@@ -35,6 +35,16 @@ def run_fingerprint(model: nn.Module, origin: Mapping[str, Any], **options: Any)
     made = {"model": structure.hexdigest(), "weights": weights.hexdigest(), **origin, **named}
     known: dict[str, Any] = json.loads(json.dumps(made, default=lambda value: type(value).__qualname__))
     return known
+
+
+def settings_of(module: nn.Module) -> str:
+    """What a module says of its settings; of one that cannot, as a convolution whose padding code has set to a single
+    number, all that it holds beside tensors and modules, as far as that is plain."""
+    try:
+        return module.extra_repr()
+    except Exception:  # whatever its code does with settings that it does not expect
+        return ", ".join(f"{name}={value!r}" for name, value in sorted(vars(module).items())
+                         if isinstance(value, (bool, int, float, str)) and name != "training")
 
 
 def digest_of(before: str, batch: Batch) -> str:

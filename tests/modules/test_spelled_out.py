@@ -1,5 +1,6 @@
 """Convolutions whose settings are changed after they were made are those that are made with them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,27 @@ def pruned(model: nn.Module) -> dict[str, Tensor]:
     scores = fastscore.score(model, [X], progress=False)
     result = fastscore.prune(model, scores, X[:1], channels=0.6, calibration=[X], repair="asymmetric", progress=False)
     return {**result.model.state_dict(), "output": result.model(X)}
+
+
+def test_numbers_that_pytorch_does_not_print(tmp_path: Path) -> None:
+    """nn.Conv2d's own repr takes the length of its padding."""
+    def build(dilation: int = 2) -> nn.Module:
+        changed = model()
+        changed[2].padding, changed[2].stride, changed[2].dilation = 2, 2, dilation
+        return changed
+
+    changed = build()
+    with pytest.raises(TypeError):
+        repr(changed[2])
+    made = pruned(changed)
+    torch.testing.assert_close(made, pruned(model(padding=2, dilation=2, stride=2)), rtol=0, atol=0)
+    fastscore.score(changed, [X], resume=tmp_path / "run", progress=False)
+    result = fastscore.prune(changed, fastscore.score(changed, [X], progress=False), X[:1], channels=0.6)
+    fastscore.save_pruned(result, tmp_path / "small.safetensors")
+    small = fastscore.load_pruned(build, tmp_path / "small.safetensors")
+    torch.testing.assert_close(small(X), result.model(X), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="dilation=2"):
+        fastscore.load_pruned(lambda: build(1), tmp_path / "small.safetensors")
 
 
 @pytest.mark.parametrize("changes", [{"padding": (2, 2), "dilation": (2, 2), "stride": (2, 2)},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fastscore.fingerprints import settings_of
 from fastscore.graph.cutting.surgery import RemovedIndices, Side, remove_indices
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
@@ -44,7 +45,7 @@ def structure(model: nn.Module) -> dict[str, str]:
         # copies of what was traced are of another kind than itself
         own_kind: type = torch.jit.ScriptModule if isinstance(module, torch.jit.ScriptModule) else type(module)
         kind = _SAME.get(own_kind, own_kind)
-        settings = module.extra_repr() if kind.__module__.startswith("torch.nn") else ""
+        settings = settings_of(module) if kind.__module__.startswith("torch.nn") else ""
         if isinstance(module, ParameterLayer):  # as long as the model is tapped
             continue
         layers = [layer for layer in module.children() if isinstance(layer, ParameterLayer)]
