@@ -15,9 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastscore import stored_tensors
-
 _TENSOR = "__tensor__"
+_INDICES, _VALUES = " (indices)", " (values)"  # parts of a sparse tensor
 
 
 def write(path: str | PathLike[str], form: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -27,7 +26,7 @@ def write(path: str | PathLike[str], form: str, header: Mapping[str, Any], tenso
     and then moved there, so that whoever is killed meanwhile leaves the old one as it was.
     Raises FileNotFoundError where there is no folder for it.
     """
-    plain, how = stored_tensors.plain(tensors)
+    plain, how = _plain(tensors)
     # clones, since safetensors takes no tensors that share their memory
     tensors = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in plain.items()}
     text, stored = json.dumps(header), json.dumps(how) if how else ""
@@ -94,7 +93,7 @@ def read(path: str | PathLike[str], form: str, what: str, otherwise: str) -> tup
     if _checksum(text + stored, tensors) != metadata.get("sha256"):
         raise ValueError(f"{path}: its contents do not match its checksum; copy it again, or {otherwise}")
     header: dict[str, Any] = json.loads(text)
-    return header, stored_tensors.whole(tensors, json.loads(stored)) if stored else tensors
+    return header, _as_given(tensors, json.loads(stored)) if stored else tensors
 
 
 def write_state(path: str | PathLike[str], form: str, state: Mapping[str, Any]) -> None:
@@ -135,7 +134,7 @@ def _with_tensors(value: Any, tensors: Mapping[str, Tensor], device: torch.devic
 def bytes_of(tensor: Tensor) -> Any:
     """The bytes of a tensor, in the order of its elements, for a digest; of a sparse one, where they are, too."""
     if tensor.layout is not torch.strided:
-        parts = stored_tensors.plain({"": tensor})[0].values()
+        parts = _plain({"": tensor})[0].values()
         return np.concatenate([bytes_of(part) for part in parts])
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
@@ -147,3 +146,36 @@ def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Of tensors, some of which safetensors does not hold, sparse ones and complex ones of double precision: (strided
+    tensors that hold what `tensors` do, how those are made of them that are not there as they are, which
+    JSON can hold); a sparse one comes back as a coordinate list."""
+    found: dict[str, Tensor] = {}
+    how: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        if tensor.layout is torch.strided:
+            parts = {"": tensor}
+        else:
+            listed = tensor.to_sparse_coo().coalesce()
+            parts = {_INDICES: listed.indices(), _VALUES: listed.values()}
+            how[name] = list(tensor.shape)
+        for part, held in parts.items():
+            if held.dtype is torch.complex128:
+                held = torch.view_as_real(held.resolve_conj())
+                how[name + part] = "complex"
+            found[name + part] = held
+    return found, how
+
+
+def _as_given(tensors: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What `_plain` was given."""
+    found = {name: torch.view_as_complex(tensor) if how.get(name) == "complex" else tensor
+             for name, tensor in tensors.items()}
+    for name, shape in how.items():
+        if shape != "complex":
+            found[name] = torch.sparse_coo_tensor(found.pop(name + _INDICES), found.pop(name + _VALUES), shape,
+                                                  is_coalesced=True, check_invariants=True)
+    return found

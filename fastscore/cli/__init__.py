@@ -10,8 +10,7 @@ from fastscore import __version__, interrupts
 from fastscore.cli import bench, compare, curve, demo, info, needs, prune, report, score
 from fastscore.cli.parsers import Parser
 from fastscore.cli.processes import ProcessLostError
-from fastscore.cli.spelling import as_options
-from fastscore.cli.warned import in_one_line
+from fastscore.cli.spelling import as_options, in_one_line
 
 EXAMPLES = """examples:
   fastscore demo

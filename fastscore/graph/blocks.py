@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
-from fastscore.graph import branch_widths
 from fastscore.graph.autograd_nodes import Readers, readers_of
 from fastscore.graph.cutting import surgery
 from fastscore.graph.following.cuts import LAYERS
 from fastscore.graph.following.residual_sums import (
     Call,
+    Calls,
     Makers,
     Places,
     added_at,
@@ -41,7 +41,7 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook, put_on
 from fastscore.modules.inspection import channel_dim, device_of, parameter_owners
 from fastscore.modules.weights.own_products import OWN
-from fastscore.modules.zero_branch import ONE, SAME, put, put_zeros, resized, windows
+from fastscore.modules.zero_branch import ONE, SAME, WIDER, put, put_zeros, resized, windows
 from fastscore.wording import said
 
 _NO_WEIGHTS = "its modules hold no weights but those of normalisations"
@@ -100,7 +100,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[list[Bra
         if call is None or added is None or added[0] in found or call.node is call.source:
             continue
         before = runs_before(name, call, added[1], modules, calls, readers, makers)
-        ways = [] if before is None else [Branch(name, call, branch_widths.as_wide(modules, call, before, calls))]
+        ways = [] if before is None else [Branch(name, call, _as_wide(modules, call, before, calls))]
         for branch in [*ways, *_last_alone(modules, Branch(name, call, ()))]:
             weights = _with_weights(modules, branch)
             if added[0] in found:
@@ -178,7 +178,7 @@ def that_go(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: Sequ
         if not (reason := why(part)):
             left += part
         elif len(part) == 1:
-            ways = [*_last_alone(modules, part[0]), *([replace(part[0], zeros=ONE)] if branch_widths.may_be_one_wide(
+            ways = [*_last_alone(modules, part[0]), *([replace(part[0], zeros=ONE)] if _may_be_one_wide(
                 modules[part[0].name], part[0].call) and not part[0].zeros else [])]
             others = list(itertools.islice((way for way in ways if not why([way])), 1))
             left += others
@@ -314,3 +314,25 @@ def _difference(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: 
         for name, module in replaced.items():
             put(model, name, module)
     return "" if all_close(got, want) else f"{type(model).__name__} computes something else without it"
+
+
+def _as_wide(modules: Mapping[str, nn.Module], call: Call, before: tuple[tuple[str, int], ...], calls: Calls
+             ) -> tuple[tuple[str, int], ...]:
+    """What runs `before` the module that makes a `call`: where code makes less of the channels of the one layer among
+    it that changes how many there are, as chunk(2) does, the zeros of that are as many times as wide."""
+    changing = [(name, made) for name, _ in before for made in calls[name][:1]
+                if made is not None and made.shape != made.read]
+    if len(changing) == 1:
+        name, made = changing[0]
+        if type_of(modules[name]) in LAYERS and not made.returns and len(made.shape) == len(call.read):
+            dim = channel_dim(modules[name])
+            times, rest = divmod(made.shape[dim], call.read[dim])
+            if times > 1 and not rest:
+                return tuple((other, times * WIDER if other == name else returns) for other, returns in before)
+    return before
+
+
+def _may_be_one_wide(last: nn.Module, call: Call) -> bool:
+    """Whether a module may make zeros of one channel, which are as wide as the stream where they are added to it:
+    whatever code makes of what runs before it, which it concatenates, say."""
+    return type_of(last) in LAYERS and not call.returns

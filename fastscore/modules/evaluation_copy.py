@@ -13,6 +13,7 @@ from fastscore.batches.parts import tensors_of
 from fastscore.modules import scripted, written_parameters
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.copying import ATOMS, deepcopy, own_attributes
+from fastscore.modules.inspection import runs_own_code
 from fastscore.modules.modes import enter_evaluation
 from fastscore.modules.reachable_code import names_in
 from fastscore.modules.source import tree_of
@@ -22,7 +23,6 @@ from fastscore.modules.weights import (
     held_weights,
     own_norms,
     own_products,
-    spelled_out,
     transposed_linear,
 )
 from fastscore.modules.wrappers import check_whole
@@ -131,7 +131,7 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
                for parameter in may_be_written(model) if parameter is not None}
     shared |= {id(part): scripted.opaque(part) for _, part in scripted.outermost(model)}
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
-    eval_model = spelled_out.spell_out(deepcopy(model, shared))
+    eval_model = spell_out(deepcopy(model, shared))
     computed_weights.mark_copies(model, eval_model)
     written_parameters.note(eval_model, written_parameters.noted(model))
     enter_evaluation(eval_model)
@@ -144,3 +144,23 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
     for module in eval_model.modules() if plain else ():
         computed_weights.make_layer_plain(module, keep=True)
     return eval_model
+
+
+def spell_out(model: nn.Module) -> nn.Module:
+    """Have each convolution of a copy hold one number for each dimension, and the padding that follows from those, as
+    one has that was made with them; returns the copy. Code may have changed its settings since, `conv.padding = 2`, as
+    encoders whose strides are replaced by dilation do: PyTorch computes by what is set there, and leaves what it
+    derived from the old numbers. Those of classes with code of their own, which may read such a number, stay."""
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.conv._ConvNd) and not runs_own_code(layer):
+            _spell_out(layer)
+    return model
+
+
+def _spell_out(conv: Any) -> None:
+    for name in ("stride", "padding", "dilation", "output_padding"):
+        if not isinstance(value := getattr(conv, name), str):
+            given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+            setattr(conv, name, given * len(conv.kernel_size) if len(given) == 1 else given)
+    if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+        conv._reversed_padding_repeated_twice = tuple(size for size in reversed(conv.padding) for _ in range(2))

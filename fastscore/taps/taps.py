@@ -26,8 +26,7 @@ from fastscore.modules.weights import experts, held_weights, recurrent
 from fastscore.taps import owners
 from fastscore.taps.gates import ExpertGate, FusedTap, Gate, NormGate, TapPoint
 from fastscore.taps.measures import Measure
-from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped
-from fastscore.taps.recompute import pass_of
+from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped, pass_of
 from fastscore.taps.rows import Rows
 
 

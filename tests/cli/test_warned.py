@@ -6,7 +6,7 @@ from photographed import MODEL
 
 import fastscore
 from fastscore.cli import main
-from fastscore.cli.warned import in_one_line
+from fastscore.cli.spelling import in_one_line
 
 
 def test_what_fastscore_warns_of_is_one_line_and_names_options(folder, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from whole_way import noisy, sums
 
 import fastscore
 from fastscore.graph.tracing import trace
-from fastscore.graph.trials.steady_draws import SteadyDraws
+from fastscore.graph.trials.draws import SteadyDraws
 
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).double()
 

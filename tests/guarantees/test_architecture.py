@@ -9,7 +9,7 @@ import fastscore
 
 ROOT = Path(fastscore.__file__).parent
 # from the bottom; names on one floor do not import each other
-FLOORS = (("wording", "stored_tensors"), ("interrupts", "ops", "files", "rng", "progress", "arguments",
+FLOORS = (("wording",), ("interrupts", "ops", "files", "rng", "progress", "arguments",
            "default_device"),
           ("tables", "batches", "plots"), ("modules", "fingerprints"),
           ("graph", "taps"), ("fastpath",), ("scoring",), ("recovery",), ("pruning",), ("integrations",), ("cli",),

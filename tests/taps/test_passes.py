@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from fastscore.modules.sample_axis import SampleAxis
-from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped
-from fastscore.taps.recompute import pass_of
+from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped, pass_of
 
 
 def tapped(watched: BackwardPasses, paused: Callable[[], bool] = lambda: False, outputs: int = 1

@@ -14,12 +14,11 @@ from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules import held_tables, returned_part, zero_branch
 from fastscore.modules.attention import handed, multihead_attention
 from fastscore.modules.copying import deepcopy
-from fastscore.modules.evaluation_copy import own_copies
+from fastscore.modules.evaluation_copy import own_copies, spell_out
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.inspection import submodule
 from fastscore.modules.weights import called_layers, held_weights, own_products, recurrent
 from fastscore.modules.weights.computed_weights import compute_on_in, make_plain
-from fastscore.modules.weights.spelled_out import spell_out
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
 # "inputs", "outputs", "heads" (and COUNTS_ALONE, where nothing is a width of them), "head_dims", "rotary", "block", a

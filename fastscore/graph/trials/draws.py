@@ -1,4 +1,4 @@
-"""Where a model's code draws random numbers in evaluation mode that show in what it returns."""
+"""Random numbers that a model draws in evaluation mode: where they show in what it returns; one in place of all."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
+from fastscore.batches.parts import tensors_of
+from fastscore.graph.following.operations import name_of
 from fastscore.graph.trials.differences import all_close
 from fastscore.modules.hooks import put_on
 from fastscore.modules.inspection import device_of
+from fastscore.modules.operations_run import OperationsRun
 
 _NAMED = 3  # of the modules, in a warning
+_DRAWN = 0.5  # of every distribution; of what is kept or not, all is kept
+# operations whose results are drawn element by element, all alike; but not about means that layers make, by
+# torch.normal, through which no gradient comes
+_ALIKE = {"rand", "randn", "uniform", "normal", "exponential", "cauchy", "log_normal", "geometric"}
 
 
 def drawing(model: nn.Module, run: Callable[[nn.Module], Sequence[Tensor]]) -> tuple[str, ...]:
@@ -64,3 +71,24 @@ def _noting(model: nn.Module, device: torch.device, drawn: dict[str, None]) -> I
     with put_on(handle for name, module in model.named_modules() for handle in (
             module.register_forward_pre_hook(partial(enter, name)), module.register_forward_hook(leave))):
         yield
+
+
+class SteadyDraws(OperationsRun):
+    """In the block, what is drawn element by element is one number everywhere.
+
+    A smaller model draws fewer, so that those that stay get other ones: dropout that runs in evaluation mode, noise
+    that is added. Where every one is the same, what is left is what the channels do.
+    """
+
+    supports_higher_order_operators = True
+
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        name = name_of(func).removesuffix("_")
+        if name == "native_dropout" and isinstance(out, tuple):
+            return args[0].clone(), torch.ones_like(out[1])
+        if name == "bernoulli":
+            out.fill_(1)
+        elif name in ("rand_like", "randn_like") or (name in _ALIKE and all(x is out for x in tensors_of(args))):
+            out.fill_(_DRAWN)
+        return out

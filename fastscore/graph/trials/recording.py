@@ -17,9 +17,9 @@ from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.trials.choices import HELD, TURNS, Choices, Noted
 from fastscore.graph.trials.differences import all_close, changed, differ
+from fastscore.graph.trials.draws import SteadyDraws
 from fastscore.graph.trials.plain_layers import may_make_several
 from fastscore.graph.trials.skipped_norms import skipped
-from fastscore.graph.trials.steady_draws import SteadyDraws
 from fastscore.modules import hooks
 from fastscore.modules.inspection import channel_dim, device_of, runs_own_code, submodule
 from fastscore.modules.norms.channel_norms import OneNode, norm_of

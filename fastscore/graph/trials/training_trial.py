@@ -18,8 +18,8 @@ from fastscore.graph.kept import training_only
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.trials import surgery_trial, verification
 from fastscore.graph.trials.differences import all_close
+from fastscore.graph.trials.draws import SteadyDraws
 from fastscore.graph.trials.recording import Recording
-from fastscore.graph.trials.steady_draws import SteadyDraws
 from fastscore.modules.inspection import held_in
 
 Run = Callable[[nn.Module], Sequence[Tensor]]
