@@ -18,4 +18,10 @@ def staying(size: int, gone: Tensor | Sequence[int]) -> Tensor:
 def without(x: T, dim: int, gone: Tensor | Sequence[int]) -> T:
     """x less the positions `gone` of `dim`: a copy without a history; of a parameter, a parameter."""
     new = x.detach().index_select(dim, staying(x.shape[dim], gone).to(x.device))
-    return nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new  # type: ignore[return-value]
+    return in_place_of(x, new)  # type: ignore[return-value]
+
+
+def in_place_of(x: Tensor, new: Tensor) -> Tensor:
+    """`new` as what x is: a parameter, which learns or not, or a tensor, which a module that has x as a buffer has as
+    one then."""
+    return nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new

@@ -21,6 +21,7 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.handles import undone_on_error
 from fastscore.modules.macs.counting import Count, count
 from fastscore.modules.modes import evaluating
+from fastscore.modules.narrower import in_place_of
 from fastscore.modules.weights import held_weights
 from fastscore.modules.weights.computed_weights import computed_weights, make_plain
 from fastscore.modules.weights.own_layers import own_layer
@@ -64,7 +65,7 @@ class Surgery:
             old: Tensor = layer.weight  # type: ignore[assignment]
             value = value.t() if is_transposed(layer) else value
             # in memory as the old one lies: what a convolution makes follows it, and a view() in the model's code that
-            layer.weight = nn.Parameter(torch.empty_like(old).copy_(value), old.requires_grad)
+            layer.weight = in_place_of(old, torch.empty_like(old).copy_(value))
         for handle in held:
             handle.remove()
         recipes.attach(model, self._recipe)

@@ -25,6 +25,7 @@ from fastscore.graph.trials.plain_layers import plain_kind
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.hooks import input_of, put_on, with_input
 from fastscore.modules.inspection import channel_dim, parameter_owners
+from fastscore.modules.narrower import in_place_of
 from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.norms.gated_norms import gated_norm_of
 from fastscore.modules.weights import held_weights
@@ -272,4 +273,5 @@ def add_to_biases(model: nn.Module, added: Mapping[str, Tensor]) -> None:
         old: Tensor | None = layer.bias  # type: ignore[assignment]
         like: Tensor = layer.weight if old is None else old  # type: ignore[assignment]
         value = value if old is None else with_float64(old.detach()).double() + value.to(with_float64(old).device)
-        layer.bias = nn.Parameter(value.to(like.device, like.dtype), like.requires_grad)
+        value = value.to(like.device, like.dtype)
+        layer.bias = nn.Parameter(value, like.requires_grad) if old is None else in_place_of(old, value)

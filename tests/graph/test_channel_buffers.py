@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -339,3 +339,19 @@ def test_weights_and_biases_that_are_buffers(names: tuple[str, ...]) -> None:
         with fastscore.mask(model, scores, result, x[:1], compensate=compensate):
             torch.testing.assert_close(smaller(x), model(x), rtol=1e-9, atol=1e-9)
     assert result.report.channels[1] < result.report.channels[0]
+
+
+@pytest.mark.parametrize("names", [("weight",), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("repair", ["mean", "linear", "asymmetric"])
+def test_what_a_repair_changes_stays_a_buffer(repair: Literal["mean", "linear", "asymmetric"],
+                                              names: tuple[str, ...]) -> None:
+    model, x = randomize(Untrained(*names)).double().eval(), torch.randn(16, 3, 5, 5, dtype=torch.float64)
+    result = fastscore.prune(model, fastscore.score(model, [x], ablation="mean"), x[:1], channels=0.7, repair=repair,
+                             calibration=[x], progress=False)
+    small = result.model
+    assert {name for name, _ in small.named_buffers()} == {name for name, _ in model.named_buffers()}
+    assert all(parameter.requires_grad for parameter in small.parameters())
+    changed = [name for key in names for name in (f"conv.{key}", f"inner.{key}")
+               if small.get_buffer(name).shape != model.get_buffer(name).shape
+               or not torch.equal(small.get_buffer(name), model.get_buffer(name))]
+    assert changed

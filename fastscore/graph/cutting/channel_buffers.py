@@ -9,7 +9,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph.layer_types import OPTYPE, groups_left, type_of
-from fastscore.modules.narrower import staying, without
+from fastscore.modules.narrower import in_place_of, staying, without
 from fastscore.modules.norms import channel_norms, gated_norms
 from fastscore.modules.weights import parameter_layers, transposed_linear
 
@@ -201,7 +201,7 @@ class _ScaledRows(tp.function.EmbeddingPruner):  # type: ignore[misc]
         weight = embedding.weight.detach().clone()
         rows = torch.arange(len(weight), device=weight.device)
         torch.embedding_renorm_(weight, rows, cast(float, embedding.max_norm), embedding.norm_type)
-        embedding.weight = nn.Parameter(weight, embedding.weight.requires_grad)
+        embedding.weight = in_place_of(embedding.weight, weight)
         super().prune_out_channels(embedding, idxs)
         return embedding
 
