@@ -6,9 +6,13 @@ from typing import Any, TypeAlias
 Readers: TypeAlias = Mapping[Any, list[Any]]  # autograd's function -> those that read what it makes, one for each time
 
 
+# of an operation, as those of quantized layers, that says nothing of gradients: none comes back through it
+_WITHOUT = "torch::autograd::WarnNotImplemented"
+
+
 def sources(node: Any) -> list[Any]:
-    """What a function reads that others make, or are: parameters, too."""
-    return [source for source, _ in node.next_functions if source is not None]
+    """What a function reads that others make, or are: parameters, too; none of one that gives them no gradient."""
+    return [] if node.name() == _WITHOUT else [source for source, _ in node.next_functions if source is not None]
 
 
 def reach(node: Any, reached: set[Any]) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastscore.graph import scored_units
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role
+from fastscore.graph.kept.reasons import QUANTIZED
 from fastscore.graph.samples.sample_axes import ALONE, VARYING
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.weights.channels_last import takes_channels_last
@@ -61,9 +62,21 @@ def groups_to_score(model: nn.Module, graph: ChannelGraph, origin: Origin, ignor
         reasons = "".join(f"\n  {layer}: {reason}" for layer, reason in graph.skipped.items())
         nothing = "it has no BatchNorm" if origin.units == "norms" else "it has no Conv or Linear"
         raise ValueError(f"{type(model).__name__} has no channel that can be scored{reasons or ': ' + nothing}"
+                         + _quantized(model)
                          + (_way_out([graph.skipped[group.name] for group in found.groups], graph.samples.transposing)
                             if found.groups else ""))
     return graph, origin
+
+
+def _quantized(model: nn.Module) -> str:
+    """That PyTorch's quantization has taken the place of layers, or stands beside them, and the way out; empty where it
+    does not."""
+    found = ((name, type(module)) for name, module in model.named_modules())
+    return next((f"\n{name or 'it'} is quantized, or prepared for that ({kind.__name__}){QUANTIZED}"
+                 for name, kind in found if f"{kind.__module__}.".startswith(_QUANTIZATION)), "")
+
+
+_QUANTIZATION = ("torch.ao.", "torch.nn.quantized.", "torchao.", "bitsandbytes.")  # whose modules do it
 
 
 def _way_out(reasons: Iterable[str], transposing: str) -> str:

@@ -21,6 +21,7 @@ from fastscore.modules.weights.own_linear import TiedLinear
 ONE = "it is one channel, which has to stay"
 UNREAD = "no Conv or Linear is found to read its channels"
 _BEFORE = ": prune the model before it is prepared for quantization (prepare_qat)"
+QUANTIZED = ": prune the model before it is quantized, and quantize what is left"
 CHANGES = "their number changes on the way to"
 _FIRST = " is called as well on what no layer makes (the model's input, a constant, or what detach() gives)"
 
@@ -33,6 +34,8 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
     """
     if computed := computing(layers, members):
         return computed
+    if quantized := _quantized(layers, members):
+        return quantized
     if partly := _making_a_part(layers, members, recording):
         return partly
     consumers = {member.layer for member in members if member.role == "consumer"}
@@ -80,6 +83,18 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
             return f"{member.layer} shares its {shared} with another layer"
         if width is not None and units.sections_of(layer, member.role) > 1 and len(member.index) < width:
             return f"{member.layer} is grouped and works on other channels too"
+    return None
+
+
+def _quantized(layers: Mapping[str, nn.Module], members: Iterable[Member]) -> str | None:
+    """That one of a group's layers holds its weight as whole numbers, or as a kind of tensor that computes by itself,
+    either of which is a float's no more once it is cut; None where none does."""
+    for member in members:
+        weight = layers[member.module]._parameters.get("weight") if member.module in layers else None
+        own_kind = weight is not None and type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        if weight is not None and (own_kind or not (weight.is_floating_point() or weight.is_complex())):
+            kind = type(weight).__name__ if own_kind else weight.dtype
+            return f"the weight of {member.layer} is quantized ({kind}){QUANTIZED}"
     return None
 
 
