@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fastscore.modules.attention import own_width
+from fastscore.modules.attention import by_function, own_width
 from fastscore.modules.changed_source import with_code, with_source
 from fastscore.modules.made_classes import Made, made_class, put_together, taken_apart
 from fastscore.modules.weights.parameter_layers import changed
@@ -29,7 +29,7 @@ def of_frame(module: nn.Module, frame: FrameType) -> dict[int, str]:
     """The numbers that stand at one place each in the code that runs -> their names. None of code that is no method of
     the module, or of attentions whose code is another one once heads are gone."""
     kind, code = type(module), frame.f_code
-    if _method(_with_code(kind), code.co_name) is not code or own_width.asks(kind):
+    if _method(_with_code(kind), code.co_name) is not code or own_width.asks(kind) or by_function.is_one(kind):
         return {}
     firsts = {now: name for name, now in _numbers_of(kind).items() if name.startswith(f"{code.co_name}{MARK}")}
     return {number: firsts.get(number, f"{code.co_name}{MARK}{number}") for number in _once(code)}

@@ -147,7 +147,7 @@ class Deformed(Net):
 
 
 class Uncalled(Net):
-    """Attention by the weights of layers that are not called, as WavLM's; layers before and behind it."""
+    """Attention by the weights of layers that are not called, and biases of others; layers before and behind it."""
 
     def __init__(self) -> None:
         super().__init__(q=nn.Linear(6, 6), k=nn.Linear(6, 6), v=nn.Linear(6, 6), out=nn.Linear(6, 6),
@@ -156,7 +156,7 @@ class Uncalled(Net):
     def forward(self, x: Tensor) -> Tensor:
         x = self.e(x)
         x = x + F.multi_head_attention_forward(
-            x, x, x, 6, 2, None, torch.cat([self.q.bias, self.k.bias, self.v.bias]), None, None, False, 0.0,
+            x, x, x, 6, 2, None, torch.cat([self.k.bias, self.q.bias, self.v.bias]), None, None, False, 0.0,
             self.out.weight, self.out.bias, use_separate_proj_weight=True, need_weights=False,
             q_proj_weight=self.q.weight, k_proj_weight=self.k.weight, v_proj_weight=self.v.weight)[0]
         return self.last(x + self.f(self.up(x).relu()))

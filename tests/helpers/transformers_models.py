@@ -157,6 +157,7 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
         "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16, "use_auxiliary_head": False}, "pixels"),
     ("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", _AUDIO, "sound"),
     ("HubertForSequenceClassification", "HubertConfig", _AUDIO, "sound"),
+    ("WavLMForSequenceClassification", "WavLMConfig", _AUDIO, "sound"),
     ("Data2VecAudioForSequenceClassification", "Data2VecAudioConfig", {**_AUDIO, "num_conv_pos_embeddings": 2},
      "sound"),
     ("SpeechT5ForSpeechToText", "SpeechT5Config", {

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.recording import Recording
+from fastscore.modules.attention import by_function
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.inspection import LAYERS, channel_dim, fits_width, runs_own_code
-from fastscore.modules.weights.called_layers import without_bias
+from fastscore.modules.weights import called_layers
 from fastscore.modules.weights.held_weights import HAVE_PLACES
 from fastscore.modules.weights.parameter_layers import ParameterLayer
 
@@ -61,7 +62,7 @@ def _asked_about(recording: Recording) -> tuple[dict[str, str], list[str]]:
               if (bias := layer._parameters.get("bias")) is not None
               and len(bias) != recording.outputs[name][0].shape[channel_dim(layer)]}
     found |= {name: "has no bias, and the model's code, which does not call it, adds none"
-              for name in without_bias(recording.model) if name in layers}
+              for of in (called_layers, by_function) for name in of.without_bias(recording.model) if name in layers}
     found |= dict.fromkeys(layers.keys() & recording.transformed,
                            "runs under torch.func (vmap, say), where nobody can tell")
     found |= {name: "reads its input and more that its own code puts there, or a part of it" for name in layers

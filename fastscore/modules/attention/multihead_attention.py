@@ -9,12 +9,12 @@ model as long as it is tapped or masked, and for good where heads were removed.
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeGuard
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastscore.modules.attention import own_width, windowed_attention
+from fastscore.modules.attention import by_function, own_width, windowed_attention
+from fastscore.modules.attention.heads_read import what_heads_read
 from fastscore.modules.handles import Handle
 from fastscore.modules.inspection import submodule
 from fastscore.modules.weights.parameter_layers import HoldsLayers
@@ -70,38 +70,11 @@ class MultiheadAttention(HoldsLayers, nn.Module):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif self.batch_first:
             query, key, value = _sequence_first(query, key, value)
-        length, samples, _ = query.shape
         q, k, v = self._project(query, key, value)
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.repeat(1, samples, 1)])
-            v = torch.cat([v, self.bias_v.repeat(1, samples, 1)])
-        q, k, v = (x.view(x.shape[0], samples * self.num_heads, self.head_dim).transpose(0, 1) for x in (q, k, v))
-        if self.add_zero_attn:
-            k, v = (torch.cat([x, x.new_zeros(x.shape[0], 1, self.head_dim)], 1) for x in (k, v))
-        source = k.shape[1]
-        causal = is_causal and key_padding_mask is None and not need_weights
-        mask = None if causal else self._mask(attn_mask, key_padding_mask, source, samples, query.dtype)
-        if is_causal and attn_mask is None:
-            raise RuntimeError("attn_mask: the is_causal hint needs it, as in nn.MultiheadAttention")
-        dropout = self.dropout if self.training else 0.0
-        weights: Tensor | None = None
-        if need_weights:
-            q = q * (1.0 / vars(self).get(own_width.DENSE_WIDTH, self.head_dim)) ** 0.5
-            weights = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
-            weights = weights.softmax(-1)
-            if dropout > 0:
-                weights = F.dropout(weights, dropout)
-            read = torch.bmm(weights, v).transpose(0, 1)
-            weights = weights.view(samples, self.num_heads, length, source)
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            if mask is not None:
-                mask = mask.unsqueeze(0) if mask.shape[0] == 1 else mask.view(samples, self.num_heads, -1, source)
-            q, k, v = (x.view(samples, self.num_heads, -1, self.head_dim) for x in (q, k, v))
-            dense = vars(self).get(own_width.DENSE_WIDTH)
-            scale = None if dense is None else dense ** -0.5
-            read = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale).permute(2, 0, 1, 3)
-        read = read.reshape(length, samples, self.num_heads * self.head_dim)
+        read, weights = what_heads_read(
+            q, k, v, self.num_heads, self.bias_k, self.bias_v, self.add_zero_attn,
+            self.dropout if self.training else 0.0, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+            is_causal, vars(self).get(own_width.DENSE_WIDTH))
         output: Tensor = self.out_proj(read.transpose(0, 1)).transpose(0, 1)
         if not batched:
             return output.squeeze(1), None if weights is None else weights.squeeze(0)
@@ -124,20 +97,6 @@ class MultiheadAttention(HoldsLayers, nn.Module):
         biases = (None, None, None) if bias is None else bias.chunk(3)
         return tuple(_product(x, w, b) for x, w, b in  # type: ignore[return-value]
                      zip((query, key, value), weights, biases, strict=True))
-
-    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, source: int, samples: int,
-              dtype: torch.dtype) -> Tensor | None:
-        """What is added to the products of queries and keys, broadcasting over [N·H, L, S]; None for nothing."""
-        mask = None
-        if attn_mask is not None:
-            mask = _additive(attn_mask, dtype)
-            mask = mask.unsqueeze(0) if mask.dim() == 2 else mask
-            mask = F.pad(mask, (0, source - mask.shape[-1]))  # keys that the module itself adds are open to all
-        if padding is not None:
-            padding = F.pad(_additive(padding, dtype), (0, source - padding.shape[-1]))
-            padding = padding.view(samples, 1, 1, source).expand(-1, self.num_heads, -1, -1).reshape(-1, 1, source)
-            mask = padding if mask is None else mask + padding
-        return mask
 
 
 def _product(x: Tensor, weight: Tensor | nn.Module, bias: Tensor | None) -> Tensor:
@@ -182,7 +141,9 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
         kind = windowed_attention.REPLACEMENTS.get(qualified)
         if kind is not None and (wanted is None or any(id(layer) in wanted for layer in module.children())):
             yield AttributesSet([(module, "__class__", kind), *windowed_attention.layers(module, kind)])
-        found = own_width.replacement(module)
+        found = by_function.replacement(module)
+        if found is None and not by_function.is_made(module):  # whose code would be read as it was written
+            found = own_width.replacement(module)
         if found is not None and (wanted is None or any(id(layer) in wanted for layer in module.children())):
             yield AttributesSet([(module, "__class__", found)])
         if module.__dict__.get(_SEPARATE) is False and (wanted is None or any(
@@ -225,8 +186,3 @@ def _sequence_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     """[N, L, E] -> [L, N, E]; what was one tensor stays one."""
     turned = {id(x): x.transpose(0, 1) for x in (query, key, value)}
     return turned[id(query)], turned[id(key)], turned[id(value)]
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add: a boolean one, where True stands for what is not read, becomes 0 and minus infinity."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf) if mask.dtype == torch.bool else mask
