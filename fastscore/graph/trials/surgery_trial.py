@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -84,37 +84,67 @@ def together(recording: Recording, groups: Sequence[ChannelGroup], refused: Mapp
     those of `groups` that were tried and fail -> why."""
     found, used = list[ChannelGroup](), set[str]()
     left = [group for group in groups if group.name in refused]
-    for group in left:
+    for at, group in enumerate(left):
         if group.name not in used:
-            joined, tried = _joined(recording, group, refused[group.name],
-                                    [other for other in left if other is not group and other.name not in used])
+            others = [other for other in left if other is not group and other.name not in used]
+            counted = [other for other in others if _counted_alike(group, other)]
+            if any(other in counted for other in left[:at]):  # they were tried
+                counted = []
+            joined, tried = _joined(recording, group, refused[group.name], others, counted)
             used |= tried
             found += joined
     return found
 
 
-def _joined(recording: Recording, group: ChannelGroup, reason: str, others: Sequence[ChannelGroup]
-            ) -> tuple[list[ChannelGroup], set[str]]:
+def _joined(recording: Recording, group: ChannelGroup, reason: str, others: Sequence[ChannelGroup],
+            counted: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], set[str]]:
     """(the group with some of `others` with which it runs, none if there are none; names of those, or of all that were
-    tried). reason: why it does not go alone. One that joins in vain is left out again, a few times."""
+    tried). reason: why it does not go alone. counted: those of the others by whose number it goes, which are tried
+    beside it first. One that joins in vain is left out again, a few times."""
     used = set[str]()
 
     def more(joined: ChannelGroup, names: set[str], reason: str) -> Iterator[tuple[ChannelGroup, set[str]]]:
         place = _PLACE.search(reason)
         for other in reversed(others) if "does not run" in reason else ():  # the last is tried first
             if other.name not in names and _may_join(joined, other, "" if place is None else f"{place[1]}."):
-                yield replace(joined, members=(*joined.members, *other.members)), {*names, other.name}
+                yield _with(joined, other), {*names, other.name}
 
-    waiting = list(more(group, {group.name}, reason))
-    for _ in range(len(others) + _IN_VAIN):
-        if not waiting:
-            break
-        joined, names = waiting.pop()
-        if not (failed := _try(recording, [joined])):
+    def tried(waiting: list[tuple[ChannelGroup, set[str]]]) -> Iterator[tuple[ChannelGroup, set[str]]]:
+        for _ in range(len(others) + _IN_VAIN):
+            if not waiting:
+                break
+            joined, names = waiting.pop()
+            if not (failed := _try(recording, [joined])):
+                yield joined, names
+                return
+            used.update(names - {each.name for each in (group, *counted)})
+            waiting += more(joined, names, failed.reason(joined))
+
+    first, *rest = sorted((group, *counted), key=lambda each: each.channels)
+    for waiting in ([(reduce(_with, rest, first), {each.name for each in (first, *rest)})] if rest else [],
+                    list(more(group, {group.name}, reason))):
+        for joined, names in tried(waiting):
             return [joined], names
-        used |= names - {group.name}
-        waiting += more(joined, names, failed.reason(joined))
     return [], used
+
+
+def _with(group: ChannelGroup, other: ChannelGroup) -> ChannelGroup:
+    """The group, with what is in another one, of as many units; a number that both go by is made smaller once."""
+    known = {(member.layer, member.attribute) for member in group.role("width")}
+    more = (member for member in other.members
+            if member.role != "width" or (member.layer, member.attribute) not in known)
+    if not torch.equal(group.unit, other.unit):  # of which each of the group's channels is one
+        more = (replace(member, channel=other.unit[member.channel]) for member in more)
+    return replace(group, members=(*group.members, *more))
+
+
+def _counted_alike(group: ChannelGroup, other: ChannelGroup) -> bool:
+    """Whether a module keeps one number for the channels of both groups, as in `a[:, :self.n]` and `b[:, :self.n]`: as
+    many go of each, or of both pairs that are cut there."""
+    kept, theirs = ({(member.layer, member.attribute) for member in each.role("width")} for each in (group, other))
+    few, many = sorted((group, other), key=lambda each: each.channels)
+    return bool(kept & theirs) and group.section is other.section is None and (
+        torch.equal(group.unit, other.unit) or torch.equal(few.unit, many.unit.unique()))
 
 
 def _may_join(group: ChannelGroup, other: ChannelGroup, place: str) -> bool:
