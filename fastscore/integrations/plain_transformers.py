@@ -73,6 +73,14 @@ def save_pretrained(pruned: nn.Module | PruneResult, folder: str | PathLike[str]
     model = unwrapped(pruned.model if isinstance(pruned, PruneResult) else pruned)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"pruned: {type(model).__name__} is no model of transformers: {_WAY_OUT}")
+    with torch.device("cpu"):  # whatever default device a user has set for tensors
+        plain = _ordinary(model)
+    plain.save_pretrained(folder)
+    return plain
+
+
+def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
+    """The ordinary model, run beside the pruned one; see save_pretrained for what it raises."""
     state, config = dict(model.state_dict()), copy.deepcopy(model.config)
     try:
         for name, value in _settings(model, state):
@@ -100,7 +108,6 @@ def save_pretrained(pruned: nn.Module | PruneResult, folder: str | PathLike[str]
     plain.load_state_dict(state)
     plain = plain.to(next(model.parameters()).dtype).train(model.training)
     _check_same(model, plain)
-    plain.save_pretrained(folder)
     return plain
 
 

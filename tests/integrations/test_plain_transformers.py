@@ -104,6 +104,17 @@ def _ignored(error: ValueError) -> list[str]:
     return re.findall(r'"(.*?)"', said[1]) if said else []
 
 
+@pytest.mark.parametrize("kind", ["CLIP", "Llama"])
+def test_written_whatever_the_default_device(kind: str, tmp_path: Path) -> None:
+    small = _images(kind, "*self_attn*", "*embeddings*", "*fc1*")[0] if kind == "CLIP" else _pruned(
+        kind, channels=0.6, scope="layer", round_to=8, compensate=False)[0]
+    save_pretrained(small, tmp_path / "plain")
+    with torch.device("meta"):
+        save_pretrained(small, tmp_path / "meta")
+    plain, meta = (type(small).from_pretrained(tmp_path / name).state_dict() for name in ("plain", "meta"))
+    torch.testing.assert_close(meta, plain, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("kind", "said", "ways"), [
     ("ViT", "LayerNorm that divides", ()), ("DINOv2", "LayerNorm that divides", ("*fc1",)),
     ("CLIP", "k_proj.weight", ("*self_attn*",)), ("Swin", "SwinConfig has words for nothing", ()),
