@@ -24,6 +24,19 @@ class Sample:
     label: Tensor | None = None
 
 
+@dataclass
+class LayerByLayer:
+    """A model's configuration that answers for all layers at once only where they are alike, as transformers' may."""
+
+    width: int = 8
+    heads: int = 2
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "heads":
+            raise ValueError("heads: they differ from layer to layer")
+        return super().__getattribute__(name)
+
+
 class Encoding(UserDict):
     """A mapping whose values are attributes too, as tokenizers' BatchEncoding is."""
 
@@ -102,3 +115,13 @@ def test_other_containers_keep_their_kind() -> None:
     assert [type(value) for value in twice.values()] == [list, tuple, OrderedDict, type(None)]
     assert torch.equal(twice["c"]["d"], 2 * X)
     assert batch["c"]["d"] is X
+
+
+def test_fields_that_cannot_be_read_are_no_tensors() -> None:
+    """A model that keeps such a configuration is scored and cut as any other."""
+    model = Takes()
+    model.config = LayerByLayer()
+    scores = fastscore.score(model, [Sample(X)], progress=False)
+    assert list(scores) == ["net.0", "net.2"]
+    result = fastscore.prune(model, scores, Sample(X), channels=0.5)
+    assert result.model(Sample(X)).shape == (len(X), 3)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
 
@@ -65,10 +66,14 @@ _NO_CONTAINERS = (bool, int, float, str, type(None), torch.dtype, torch.device, 
 
 
 def fields_of(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass; none of anything else."""
-    if not is_dataclass(value) or isinstance(value, (type, Mapping)):
-        return {}
-    return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
+    """The fields of a dataclass that can be read; none of anything else. A configuration whose layers differ may raise
+    whatever error it likes where it is asked for the one value of all."""
+    found = {}
+    if is_dataclass(value) and not isinstance(value, (type, Mapping)):
+        for field in fields(value):
+            with suppress(Exception):
+                found[field.name] = getattr(value, field.name)
+    return found
 
 
 def mappings(batch: Batch) -> Iterator[Mapping[str, Any]]:
