@@ -107,10 +107,11 @@ def of_tensors(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-@pytest.mark.parametrize(("make", "kind"), [(Whole, "torch.int8"), (of_tensors, "Computing")])
-def test_weights_of_whole_numbers_are_kept(make: Any, kind: str) -> None:
+@pytest.mark.parametrize(("make", "what"), [(Whole, "quantized (torch.int8)"),
+                                            (of_tensors, "a Computing, which no part of it is")])
+def test_weights_of_whole_numbers_are_kept(make: Any, what: str) -> None:
     model = nn.Sequential(network(), nn.ReLU(), nn.Linear(3, 7), nn.ReLU(), nn.Linear(7, 2)).eval()
     model[0][2] = make(model[0][2])
     graph = trace(model, X)
     assert {group.name for group in graph.groups} == {"0.4", "2"}
-    assert graph.skipped["0.0"] == graph.skipped["0.2"] == f"the weight of 0.2 is quantized ({kind}){WAY_OUT}"
+    assert graph.skipped["0.0"] == graph.skipped["0.2"] == f"the weight of 0.2 is {what}{WAY_OUT}"

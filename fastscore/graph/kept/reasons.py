@@ -87,15 +87,27 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
 
 
 def _quantized(layers: Mapping[str, nn.Module], members: Iterable[Member]) -> str | None:
-    """That one of a group's layers holds its weight as whole numbers, or as a kind of tensor that computes by itself,
-    either of which is a float's no more once it is cut; None where none does."""
+    """That one of a group's layers holds its weight as whole numbers, or as a kind of tensor that is another one once
+    it is cut; None where none does."""
     for member in members:
         weight = layers[member.module]._parameters.get("weight") if member.module in layers else None
-        own_kind = weight is not None and type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
-        if weight is not None and (own_kind or not (weight.is_floating_point() or weight.is_complex())):
-            kind = type(weight).__name__ if own_kind else weight.dtype
-            return f"the weight of {member.layer} is quantized ({kind}){QUANTIZED}"
+        if weight is not None and not (weight.is_floating_point() or weight.is_complex()):
+            return f"the weight of {member.layer} is quantized ({weight.dtype}){QUANTIZED}"
+        if weight is not None and not _stays_its_kind(weight):
+            return f"the weight of {member.layer} is a {type(weight).__name__}, which no part of it is{QUANTIZED}"
     return None
+
+
+def _stays_its_kind(weight: Tensor) -> bool:
+    """Whether a part of a weight is as the whole: tensors that compute by themselves, as torchao's, may be floats then;
+    those that lie on another device, or on several, stay what they are."""
+    held = weight.detach()
+    if type(held).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return True
+    try:
+        return type(held.narrow(0, 0, 1)) is type(held)
+    except Exception:  # whatever such a kind raises where it cannot be cut
+        return False
 
 
 def of_ranges(layers: Mapping[str, nn.Module], members: Iterable[Member]) -> str | None:
