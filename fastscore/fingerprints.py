@@ -44,7 +44,11 @@ def settings_of(module: nn.Module) -> str:
         return module.extra_repr()
     except Exception:  # whatever its code does with settings that it does not expect
         return ", ".join(f"{name}={value!r}" for name, value in sorted(vars(module).items())
-                         if isinstance(value, (bool, int, float, str)) and name != "training")
+                         if not name.startswith("_") and name != "training" and _is_plain(value))
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, (bool, int, float, str))
 
 
 def digest_of(before: str, batch: Batch) -> str:

@@ -22,7 +22,7 @@ from fastscore.graph.autograd_nodes import reach
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.kept import reasons
 from fastscore.graph.trials.differences import all_close
-from fastscore.graph.trials.recording import read_by, replaced, unwrapped
+from fastscore.graph.trials.replaced_layers import read_by, replaced, unwrapped
 from fastscore.graph.trials.trial_inputs import batch_of
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import with_input

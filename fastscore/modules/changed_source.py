@@ -1,5 +1,5 @@
-"""The source of a function with other numbers, for those who read it rather than run the code: torch.jit.script,
-inspect, tracebacks."""
+"""Functions with other code: of a changed syntax tree, or with other numbers, which stand in its source, too, for those
+who read it rather than run the code: torch.jit.script, inspect, tracebacks."""
 
 import ast
 import linecache
@@ -29,6 +29,21 @@ def with_source(function: FunctionType, code: CodeType, numbers: Mapping[int, in
     name = f"{code.co_filename}:{'.'.join(f'{old}-{new}' for old, new in numbers.items())}:{code.co_firstlineno}"
     linecache.cache[name] = 0, None, ["\n"] * (code.co_firstlineno - 1) + lines, name
     return code.replace(co_filename=name)
+
+
+def code_of(tree: ast.Module, function: FunctionType) -> CodeType:
+    """The code of a changed tree of `function`, which is defined first in it, less the annotations and defaults, whose
+    names may mean nothing here: with_code() takes the defaults along."""
+    body = tree.body[0]
+    assert isinstance(body, ast.FunctionDef)
+    body.returns = None
+    for argument in ast.walk(body.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    body.args.defaults, body.args.kw_defaults = [], [None] * len(body.args.kwonlyargs)
+    ast.fix_missing_locations(ast.increment_lineno(tree, function.__code__.co_firstlineno - 1))
+    compiled = compile(tree, function.__code__.co_filename, "exec", dont_inherit=True)
+    return next(const for const in compiled.co_consts if isinstance(const, CodeType))
 
 
 def with_code(function: FunctionType, code: CodeType, closure: tuple[CellType, ...] | None) -> FunctionType:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastscore.modules.operations_run import OperationsRun
+from fastscore.modules.written_state import storage_of
 
 _written: "weakref.WeakKeyDictionary[nn.Module, frozenset[str]]" = weakref.WeakKeyDictionary()
 
@@ -33,10 +34,10 @@ class Writing(OperationsRun):
 
     def __init__(self, copy: nn.Module, model: nn.Module) -> None:
         super().__init__()
-        self._users = {_memory(parameter) for parameter in model.parameters()}
+        self._users = {storage_of(parameter) for parameter in model.parameters()}
         self._names: dict[Any, list[str]] = {}
         for name, parameter in copy.named_parameters():
-            self._names.setdefault(_memory(parameter), []).append(name)
+            self._names.setdefault(storage_of(parameter), []).append(name)
         self._written, self._stopped = set[str](), False
 
     def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -49,7 +50,7 @@ class Writing(OperationsRun):
         return func(*args, **kwargs)
 
     def _see(self, tensor: Any) -> None:
-        names = self._names.get(memory := _memory(tensor)) if isinstance(tensor, Tensor) else None
+        names = self._names.get(memory := storage_of(tensor)) if isinstance(tensor, Tensor) else None
         if names is not None:
             self._written.update(names)
             if memory in self._users:
@@ -63,11 +64,3 @@ class Writing(OperationsRun):
         again = self._stopped and noted(model) != every
         note(model, every if again or not self._written <= every else self._written)
         return again
-
-
-def _memory(x: Tensor) -> Any:
-    """Tells the memory of a tensor from that of others; its own id where it is none that can be asked."""
-    try:
-        return x.untyped_storage()._cdata
-    except Exception:  # of a sparse one, say
-        return id(x)

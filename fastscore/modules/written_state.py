@@ -25,7 +25,7 @@ def undone(model: nn.Module) -> Iterator[None]:
     write, nor what lies in the memory of one: whoever changes those means it. Nor are objects of other classes that
     attributes hold, nor layers and parameters that are made in the block."""
     before = [(module, type(module), dict(module._buffers), own_attributes(module)) for module in model.modules()]
-    meant = {_storage(tensor) for module, _, buffers, _ in before for tensor in (
+    meant = {storage_of(tensor) for module, _, buffers, _ in before for tensor in (
         *dict(module._parameters).values(), *_statistics(module, buffers)) if tensor is not None}
     held = _Held()
     for module, _, buffers, own in before:
@@ -58,7 +58,7 @@ def _statistics(module: nn.Module, buffers: dict[str, Tensor | None]) -> Iterato
         yield from (buffer for name, buffer in buffers.items() if name in _STATISTICS)
 
 
-def _storage(x: Tensor) -> Any:
+def storage_of(x: Tensor) -> Any:
     """Tells the memory of a tensor from that of others; its own id where it is none that can be asked."""
     with suppress(Exception):  # of a sparse one, say
         return x.untyped_storage()._cdata
@@ -73,7 +73,7 @@ def _hold(values: Iterable[Any], held: _Held, meant: set[Any]) -> None:
         elif id(value) in held:
             continue
         elif isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter) and _storage(value) not in meant:
+            if not isinstance(value, nn.Parameter) and storage_of(value) not in meant:
                 held[id(value)] = value, value.detach().clone(), version_of(value)
         elif type(value) in _CONTAINERS:
             held[id(value)] = value, copy(value), 0

@@ -156,7 +156,8 @@ class OneBias(Chain):
 
 _HEAD = {"last": "its channels are the model's output"}
 _TOGETHER = "the code of Together takes its channels together with its rows, which cannot lose channels yet"
-_CUT_OFF = "{0} reads its channels where no gradient comes back (detach(), or a choice by them)"
+_CUT_OFF = "{0} reads its channels where no gradient comes back (detach(), a choice by them, or an operation that " \
+           "has none, as those of quantized layers)"
 _OFF = "it runs under torch.no_grad(), where nothing can be measured"
 CASES: Mapping[type[Chain], tuple[list[str], dict[str, str]]] = {
     Autoencoder: (["a", "b", "c", "d"], {"weight_of_a": "a is called as well on what no layer makes (the model's "

@@ -76,8 +76,8 @@ def test_what_autograd_does_not_see_is_no_unread_layer(early: bool) -> None:
     model, x = noisy(lambda: _Detached(early)), torch.randn(2, 5).double()
     scores = fastscore.score(model, [x], progress=False)
     assert list(scores) == ["first", "third"]
-    assert scores.skipped["embed"] == "other reads its channels where no gradient comes back (detach(), or a choice " \
-                                      "by them)"
+    assert scores.skipped["embed"] == "other reads its channels where no gradient comes back (detach(), a choice by " \
+                                      "them, or an operation that has none, as those of quantized layers)"
 
 
 class DeadNorm(TwoHeads):

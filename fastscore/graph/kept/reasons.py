@@ -269,7 +269,8 @@ def _by(layer: nn.Module) -> str:
 
 
 def _without_gradient(where: str, recording: Recording) -> str:
-    how = "torch.no_grad()" if where in recording.without_gradients else "detach(), or a choice by them"
+    how = "torch.no_grad()" if where in recording.without_gradients else \
+        "detach(), a choice by them, or an operation that has none, as those of quantized layers"
     return f"{where} reads its channels where no gradient comes back ({how})"
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.plain_layers import memory_order, plain_kind
-from fastscore.graph.trials.recording import replaced
+from fastscore.graph.trials.replaced_layers import replaced
 from fastscore.modules.evaluation_copy import may_be_written
 from fastscore.modules.weights.experts import ExpertLinear
 

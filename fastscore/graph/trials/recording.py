@@ -19,9 +19,10 @@ from fastscore.graph.trials.choices import HELD, TURNS, Choices, Noted
 from fastscore.graph.trials.differences import all_close, changed, differ
 from fastscore.graph.trials.draws import SteadyDraws
 from fastscore.graph.trials.plain_layers import may_make_several
+from fastscore.graph.trials.replaced_layers import read_by, replaced, unwrapped
 from fastscore.graph.trials.skipped_norms import skipped
 from fastscore.modules import hooks
-from fastscore.modules.inspection import channel_dim, device_of, runs_own_code, submodule
+from fastscore.modules.inspection import channel_dim, device_of, runs_own_code
 from fastscore.modules.norms.channel_norms import OneNode, norm_of
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
@@ -335,31 +336,6 @@ def _fault(error: Exception) -> str:
            f"{error!r:.200} in {frame.f_code.co_name}()" if own else f"the model's own code ({type(error).__name__})"
 
 
-def read_by(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What a layer is called on, by position or by keyword; None where that is no tensor, but a shape, say."""
-    x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
-    return x if isinstance(x, Tensor) else None
-
-
-def unwrapped(x: Tensor) -> Tensor:
-    """All that torch.func takes part by part, whose parts cannot be compared while it does."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
-
-
 def _looks_at_shape(module: nn.Module, x: Tensor) -> bool:
     """Whether a layer takes no more from what it is given than its shape, as embeddings of positions do in BART."""
     return isinstance(module, nn.Embedding) and x.is_floating_point()
-
-
-@contextmanager
-def replaced(model: nn.Module, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
-    """The layers' own forwards replaced in the block; whatever hooks they have run as they would."""
-    for layer, forward in forwards.items():
-        vars(submodule(model, layer))["forward"] = forward
-    try:
-        yield
-    finally:
-        for layer in forwards:
-            del vars(submodule(model, layer))["forward"]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastscore.graph.autograd_nodes import sources
 from fastscore.graph.trials.known_samples import KnownSamples
 from fastscore.graph.trials.plain_layers import is_product, plain_kind, reads_one
-from fastscore.graph.trials.recording import replaced
+from fastscore.graph.trials.replaced_layers import replaced
 from fastscore.modules.weights.experts import ExpertLinear
 
 _CONVOLUTIONS: dict[Any, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {

@@ -23,7 +23,8 @@ from fastscore.graph.layers_inside import holds_norm
 from fastscore.graph.trials import plain_layers
 from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.halving import first_failing
-from fastscore.graph.trials.recording import MISREAD, Recording, read_by, unwrapped
+from fastscore.graph.trials.recording import MISREAD, Recording
+from fastscore.graph.trials.replaced_layers import read_by, unwrapped
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules import frames
 from fastscore.modules.evaluation_copy import evaluation_copy

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.trials.beside import Beside, Key, Places, places_of, replayed, touched
 from fastscore.graph.trials.differences import close
-from fastscore.graph.trials.recording import Recording, unwrapped
+from fastscore.graph.trials.recording import Recording
+from fastscore.graph.trials.replaced_layers import unwrapped
 from fastscore.modules.channel_uses import Dims, Use, flag_in, is_none, may_mean, means
 from fastscore.modules.lines_run import traced
 from fastscore.modules.reachable_code import ReachableCode

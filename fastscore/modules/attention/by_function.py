@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastscore.modules.attention import own_width
 from fastscore.modules.attention.heads_read import what_heads_read
-from fastscore.modules.changed_source import with_code
+from fastscore.modules.changed_source import code_of, with_code
 from fastscore.modules.hooks import has_users_hooks
 from fastscore.modules.inspection import parametrized, runs_code_of
 from fastscore.modules.made_classes import Made, made_class
@@ -135,14 +135,7 @@ def _rewritten(function: FunctionType) -> tuple[CodeType, list[Any]] | None:
         call.keywords = [ast.keyword(name, value) for name, value in given.items() if name not in _OF_LAYERS]
     if not layers or any(_taken(node, function) is _FUNCTION for node in ast.walk(body)):
         return None  # which is handed on, say
-    body.returns = None
-    for argument in ast.walk(body.args):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    body.args.defaults, body.args.kw_defaults = [], [None] * len(body.args.kwonlyargs)
-    ast.fix_missing_locations(ast.increment_lineno(tree, function.__code__.co_firstlineno - 1))
-    made = compile(tree, function.__code__.co_filename, "exec", dont_inherit=True)
-    return next(const for const in made.co_consts if isinstance(const, CodeType)), layers
+    return code_of(tree, function), layers
 
 
 def _of_call(call: ast.Call, owner: str, function: FunctionType) -> tuple[Any, dict[str, ast.expr]] | None:

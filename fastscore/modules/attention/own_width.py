@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from fastscore.modules.changed_source import with_code
+from fastscore.modules.changed_source import code_of, with_code
 from fastscore.modules.made_classes import Made, made_class
 from fastscore.modules.reachable_code import content
 from fastscore.modules.source import tree_of
@@ -195,14 +195,7 @@ def _rewritten(cls: type[nn.Module], name: str) -> tuple[CodeType | None, dict[s
             "hands_on": hands_on}
     if not widths.changed and not unscaled:
         return None, read
-    function.returns = None
-    for argument in ast.walk(function.args):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    function.args.defaults, function.args.kw_defaults = [], [None] * len(function.args.kwonlyargs)
-    ast.fix_missing_locations(ast.increment_lineno(tree, forward.__code__.co_firstlineno - 1))
-    compiled = compile(tree, forward.__code__.co_filename, "exec")
-    return next(code for code in compiled.co_consts if isinstance(code, CodeType)), read
+    return code_of(tree, forward), read
 
 
 def _divisors(function: ast.FunctionDef, owner: str, x: str) -> frozenset[str]:
