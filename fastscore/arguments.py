@@ -1,4 +1,8 @@
-"""Arguments of another type than is meant, or out of their range: what several functions refuse alike."""
+"""Arguments of another type than is meant, or out of their range, and packages that are not there: what several
+functions refuse alike."""
+
+import importlib
+from typing import Any
 
 
 def check_number(argument: str, value: object, such_as: str) -> None:
@@ -35,3 +39,12 @@ def check_fraction(fraction: float) -> None:
     check_number("fraction", fraction, "0.3")
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: {fraction}; it is the share of channels to remove, 0 <= fraction < 1")
+
+
+def needed(package: str, said: str, install: str) -> Any:
+    """A package that only some need. Raises ImportError where there is none: what is `said`, why, and what to install.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{said} ({error}): pip install {install}") from error

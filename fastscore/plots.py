@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastscore import files
-from fastscore.arguments import check_fraction
+from fastscore.arguments import check_fraction, needed
 
 COLOUR, REMOVED = "#0b6e99", "#d9730d"
 LABELLED_LAYERS = 60  # more names than this do not fit under an axis
@@ -18,11 +18,8 @@ LABELLED_LAYERS = 60  # more names than this do not fit under an axis
 
 def figure(width: float = 6.4, height: float = 4.8) -> Any:
     """A matplotlib figure, in inches. Raises ImportError, saying what to install."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"plots need matplotlib ({error}): pip install 'torch-fastscore[plot]'") from error
-    return Figure((width, height), layout="constrained")
+    drawing = needed("matplotlib.figure", "plots need matplotlib", "'torch-fastscore[plot]'")
+    return drawing.Figure((width, height), layout="constrained")
 
 
 def save(drawing: Any, path: str | PathLike[str]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from fastscore.arguments import needed
 from fastscore.wording import counted
 
 Record = Mapping[str, Any]
@@ -52,8 +53,4 @@ def _shown(value: Any) -> str:
 
 def frame(records: Iterable[Record]) -> Any:
     """A pandas.DataFrame, a row for each record. Raises ImportError, naming the way out, without pandas."""
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError(f"to_pandas needs pandas ({error}): pip install pandas") from error
-    return pandas.DataFrame(list(records))
+    return needed("pandas", "to_pandas needs pandas", "pandas").DataFrame(list(records))

@@ -1,6 +1,5 @@
 """Image classifiers of Hugging Face's transformers, by name or by the folder that save_pretrained wrote."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,9 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastscore.arguments import needed
 from fastscore.cli.checkpoints import sha256
 
-_INSTALL = "pip install 'torch-fastscore[transformers]'"
 Found = TypeVar("Found")
 
 
@@ -49,10 +48,7 @@ def revision(name: str) -> str:
 
 
 def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise ImportError(f"transformers cannot be imported ({error}): {_INSTALL}") from error
+    return needed("transformers", "transformers cannot be imported", "'torch-fastscore[transformers]'")
 
 
 def _named(name: str, read: Callable[[], Found]) -> Found:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastscore.cli import hugging_face
 from fastscore.cli.checkpoints import sha256
 from fastscore.cli.models import parse, timm_settings, torchvision_models, torchvision_weights
-from fastscore.pruning.budgets.quality import HELD_OUT
+from fastscore.recovery.calibration import HELD_OUT
 from fastscore.wording import counted
 
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.arguments import needed
 from fastscore.batches.outputs import OutputError, output_tensors
 from fastscore.cli import hugging_face
 from fastscore.cli.checkpoints import ResizedError, load_checkpoint
@@ -111,12 +112,9 @@ def _meant(name: str) -> str:
     return ""
 
 
-def torchvision_models() -> ModuleType:
+def torchvision_models() -> Any:
     """torchvision.models. Raises ImportError, saying what to install."""
-    try:
-        return importlib.import_module("torchvision.models")
-    except ImportError as error:
-        raise ImportError(f"torchvision cannot be imported ({error}): pip install 'torch-fastscore[vision]'") from error
+    return needed("torchvision.models", "torchvision cannot be imported", "'torch-fastscore[vision]'")
 
 
 def torchvision_weights(spec: str, name: str = "DEFAULT") -> Any:
@@ -163,10 +161,7 @@ def timm_settings(spec: str, weights: str | None = None) -> Any:
 
 def _timm_name(spec: str, weights: str | None) -> tuple[Any, str]:
     """(timm, the name by which it knows the model with these weights)."""
-    try:
-        timm: Any = importlib.import_module("timm")
-    except ImportError as error:
-        raise ImportError(f"timm cannot be imported ({error}): pip install 'torch-fastscore[timm]'") from error
+    timm = needed("timm", "timm cannot be imported", "'torch-fastscore[timm]'")
     name = parse(spec)[1]
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())

@@ -23,6 +23,7 @@ from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.kept import reasons
 from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.replaced_layers import read_by, replaced, unwrapped
+from fastscore.graph.trials.running import error_of
 from fastscore.graph.trials.trial_inputs import batch_of
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import with_input
@@ -76,20 +77,14 @@ def note(model: nn.Module, forward: Forward, example: Batch, samples: Batch | No
 def _note_read(model: nn.Module, layers: dict[str, nn.Module], forward: Forward, example: Batch) -> None:
     """Note layers of a class of their own where the model does not run with PyTorch's in their places: its code reads
     more of them."""
-    if layers and _error(forward, evaluation_copy(model), example) is not None and \
-            _error(forward, evaluation_copy(model, plain=False), example) is None:
+    def fails(plain: bool) -> bool:
+        batch = map_tensors(lambda tensor: tensor.detach().clone(), example)
+        return error_of(lambda: forward(evaluation_copy(model, plain=plain), batch)) is not None
+
+    if layers and fails(plain=True) and not fails(plain=False):
         for name, layer in layers.items():
             computed_weights.compute_on(layer, f"{name} is of a class of its own ({type(layer).__name__}), of which "
                                                f"the model's code reads what a {_plain_name(layer)} has not")
-
-
-def _error(forward: Forward, model: nn.Module, batch: Batch) -> Exception | None:
-    try:
-        with torch.no_grad():
-            forward(model, map_tensors(lambda tensor: tensor.detach().clone(), batch))
-    except Exception as error:  # whatever its code raises
-        return error
-    return None
 
 
 def less(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:

@@ -10,8 +10,8 @@ from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.graph.groups import Ignore
-from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.pruning.curve import Curve, Drawn, Evaluate, budgets_of, check_options, curve
+from fastscore.recovery.calibration import HELD_OUT
 from fastscore.recovery.divergence import judged_by, mixed_of, names
 from fastscore.recovery.held_out import split
 from fastscore.recovery.not_finite import naming_samples

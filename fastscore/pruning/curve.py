@@ -19,9 +19,10 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar, shown
 from fastscore.pruning import plots
-from fastscore.pruning.budgets.quality import HELD_OUT, Judge
+from fastscore.pruning.budgets.quality import Judge
 from fastscore.pruning.prune import prune
 from fastscore.pruning.result import PruneResult
+from fastscore.recovery.calibration import HELD_OUT
 from fastscore.recovery.divergence import Divergence, Mixed, judged_by, mixed_of, names
 from fastscore.recovery.held_out import split
 from fastscore.recovery.not_finite import naming_samples
@@ -249,14 +250,16 @@ def budgets_of(*shares: Sequence[float] | None) -> tuple[str, tuple[float, ...]]
     return resource, budgets
 
 
-def example_of(batches: Iterable[Batch], given: Batch, forward: Forward, device: torch.device) -> Batch:
-    """What to trace and count MACs with, on `device`: `given`, or two samples of the first batch."""
+def example_of(batches: Iterable[Batch], given: Batch, forward: object, device: torch.device, samples: int = 2
+               ) -> Batch:
+    """What to trace and count MACs with, on `device`: `given`, or so many samples of the first batch; all of it where
+    only the user's `forward` knows what a sample is."""
     example = given
     if example is None:
         example = next(iter(batches), None)
         if example is None:
             raise ValueError("batches: there is none")
-        example = few_samples(example, 2) if forward is call_model else example
+        example = few_samples(example, samples) if forward is call_model else example
     return map_tensors(lambda tensor: tensor.to(device), example)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastscore import files, rng
 from fastscore.arguments import check_callable, check_whole
 from fastscore.batches.calls import call_model
-from fastscore.batches.parts import Batch, few_samples, first_tensor, map_tensors
+from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import LayerNames, listed, matching_layers
@@ -23,6 +23,7 @@ from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning.budgets import clocks, latency
+from fastscore.pruning.curve import example_of
 from fastscore.pruning.options import Budgets
 from fastscore.pruning.prune import prune
 from fastscore.pruning.report import GroupReport, PruneReport
@@ -102,9 +103,7 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
     device, seed = device_of(model), options.get("seed", 0)
     with rng.fork_rng(device):
         rng.seed(seed)
-        example = example_inputs if example_inputs is not None else \
-            _first_sample(batches, options.get("forward", call_model))
-    example = map_tensors(lambda tensor: tensor.to(device), example)
+        example = example_of(batches, example_inputs, options.get("forward", call_model), device, samples=1)
     options["ignore"] = _ignored(model, example, options)
     same = run_fingerprint(model, {}, steps=steps, schedule=schedule, shares=shares,
                            **{**options, "ignore": sorted(options["ignore"])})
@@ -312,14 +311,3 @@ def _check(batches: Iterable[Batch], steps: int, schedule: str, options: Mapping
         raise ValueError(f"steps: {steps}; it must be 1 or more")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: {schedule!r} is none of {', '.join(SCHEDULES)}")
-
-
-def _first_sample(batches: Iterable[Batch], forward: object) -> Batch:
-    """The first sample of the first batch; the whole batch where only the user's `forward` knows what a sample is."""
-    batch = next(iter(batches), None)
-    tensor = first_tensor(batch)
-    if tensor is None:
-        raise ValueError("batches: there is none to score on")
-    if forward is not call_model or not tensor.dim():
-        return batch
-    return few_samples(batch, 1)

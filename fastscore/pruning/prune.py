@@ -23,7 +23,7 @@ from fastscore.pruning.budgets.clocks import Clock
 from fastscore.pruning.budgets.costs import Costs, MacsWithout
 from fastscore.pruning.budgets.finer_steps import say_coarse
 from fastscore.pruning.budgets.latency import say_slower, select_by_latency
-from fastscore.pruning.budgets.quality import HELD_OUT, Quality, Way, build_after, finer_than_next, select_by_quality
+from fastscore.pruning.budgets.quality import Quality, Way, build_after, finer_than_next, select_by_quality
 from fastscore.pruning.budgets.selection import (
     OutOfReachError,
     check_removable,
@@ -51,6 +51,7 @@ from fastscore.pruning.report import Candidate
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved.recipes import no_biases
 from fastscore.pruning.surgery import Surgery, replay
+from fastscore.recovery.calibration import HELD_OUT
 from fastscore.recovery.decisions import JudgedOutputs
 from fastscore.recovery.held_out import check_batches, split
 from fastscore.recovery.not_finite import naming_samples

@@ -215,7 +215,7 @@ def test_without_triton():
     said = run("import sys; sys.modules['triton'] = None\n"
                "import torch, fastscore\n"
                "from fastscore.ops import backends\n"
-               "from fastscore.ops.triton import launch, traffic\n"
+               "from fastscore.ops.triton import launch\n"
                "print(launch.plan_channel_sums((2, 3, 4), (12, 4, 1), (12, 4, 1), 1, 4, 132).layout)\n"
                "x = torch.ones(1, 2, 3)\n"
                "print(fastscore.ops.channel_dot(x, x).tolist())\n"

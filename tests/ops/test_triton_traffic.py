@@ -1,6 +1,6 @@
 """Bytes that the Triton kernels move at the activations of real networks: the minimum.
 
-`traffic` counts them from the launch geometry, and the interpreter's tests hold it against the loads of real runs.
+`triton_traffic` counts them from the launch geometry; the interpreter's tests hold it against the loads of real runs.
 The minimum is every input once and every output once; partial sums, where a reduction is split, are written once and
 read once. Shapes are those of the inputs of every convolution and linear layer, where taps sit.
 """
@@ -10,9 +10,9 @@ import functools
 import pytest
 import torch
 import torchvision
+import triton_traffic
 from torch import nn
 
-from fastscore.ops.triton import traffic
 from fastscore.ops.triton.channel_sums import SUMS
 from fastscore.ops.triton.launch import plan_channel_sums, plan_normalize_gradient, plan_random_gradient
 
@@ -56,7 +56,7 @@ def test_channel_sums_moves_the_minimum(network, last, dtype, batch, sms):
         plan = plan_channel_sums(shape, x.stride(), x.stride(), channel_dim, dtype.itemsize, sms)
         results = shape[0] * shape[channel_dim] * 4
         for reducer, sums in SUMS.items():
-            moved = traffic.channel_sums(plan, sums, dtype.itemsize, 4)
+            moved = triton_traffic.channel_sums(plan, sums, dtype.itemsize, 4)
             assert moved.inputs == 2 * x.nbytes, (shape, reducer)
             assert moved.outputs == sums * results
             assert moved.partials == (2 * plan.splits * moved.outputs if plan.splits > 1 else 0)
@@ -66,17 +66,18 @@ def test_channel_sums_moves_the_minimum(network, last, dtype, batch, sms):
 @pytest.mark.parametrize("batch", [1, 32, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_output_gradients_move_the_minimum(dtype, batch):
-    drawn = traffic.random_gradient(plan_random_gradient(batch, CLASSES), partials=False)
+    drawn = triton_traffic.random_gradient(plan_random_gradient(batch, CLASSES), partials=False)
     assert drawn == (8 * batch, 0, 4 * batch * CLASSES)
 
     plan = plan_normalize_gradient((batch, CLASSES), (CLASSES, 1), (CLASSES, 1), dtype.itemsize)
     gradient = batch * CLASSES * dtype.itemsize
-    assert traffic.normalize_gradient(plan, dtype.itemsize, 4) == (gradient, 0, gradient + 4 * batch)
+    assert triton_traffic.normalize_gradient(plan, dtype.itemsize, 4) == (gradient, 0, gradient + 4 * batch)
 
 
 def test_a_longer_output_is_read_twice_or_made_twice():
     """50257 classes: 13 programs draw a sample's gradient, 7 normalise one."""
-    drawn = traffic.random_gradient(plan_random_gradient(2, 50257), partials=True)
+    drawn = triton_traffic.random_gradient(plan_random_gradient(2, 50257), partials=True)
     assert drawn == (2 * 2 * 13 * 8, 2 * 13 * 4 * (1 + 13), 2 * 50257 * 4)
     plan = plan_normalize_gradient((2, 50257), (50257, 1), (50257, 1), 4)
-    assert traffic.normalize_gradient(plan, 4, 4) == (2 * 2 * 50257 * 4, 2 * 7 * 8 * (1 + 7), 2 * 50257 * 4 + 2 * 4)
+    moved = triton_traffic.normalize_gradient(plan, 4, 4)
+    assert moved == (2 * 2 * 50257 * 4, 2 * 7 * 8 * (1 + 7), 2 * 50257 * 4 + 2 * 4)

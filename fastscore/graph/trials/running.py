@@ -31,8 +31,9 @@ def only_whole(eval_model: nn.Module, run: Callable[[nn.Module, Batch], Sequence
                batch: Batch | None) -> str:
     """What is wrong with a model that runs on `batch`, and not on `example`, which is one sample of it, and the way
     out; empty where that is not so."""
-    error = _error(eval_model, run, example)
-    if batch is None or error is None or _error(eval_model, run, map_tensors(usable, batch)) is not None:
+    error = error_of(lambda: run(evaluation_copy(eval_model), example))
+    if batch is None or error is None or \
+            error_of(lambda: run(evaluation_copy(eval_model), map_tensors(usable, batch))) is not None:
         return ""
     return "it runs on the batch, and not on one sample of it by itself (the first row of each tensor that has a row " \
            f"for each), which it is traced on: {type(error).__name__}: {error}. Pass forward=lambda model, batch: " \
@@ -78,9 +79,10 @@ def _overwritten(model: nn.Module, run: Callable[[nn.Module], object]) -> str | 
 
 
 @torch.no_grad()
-def _error(model: nn.Module, run: Callable[[nn.Module, Batch], Sequence[Tensor]], batch: Batch) -> Exception | None:
+def error_of(call: Callable[[], object]) -> Exception | None:
+    """What a call of the model's code, or forward=, raises; None where it returns."""
     try:
-        run(evaluation_copy(model), batch)
-    except Exception as error:  # of the model's code, or forward=
+        call()
+    except Exception as error:  # whatever that code raises
         return error
     return None

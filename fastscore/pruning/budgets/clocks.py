@@ -1,6 +1,5 @@
 """What runs a model while it is timed: PyTorch on the model's device, or the runtime on which it will be deployed."""
 
-import importlib
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from fastscore.arguments import needed
 from fastscore.batches.calls import Forward
 from fastscore.batches.outputs import OneTensor
 from fastscore.batches.parts import Batch
@@ -29,11 +29,7 @@ def check(clock: str, latency: float | None, model: nn.Module, example_inputs: B
     if latency is None:
         raise ValueError(f"clock: {clock!r} measures a budget in time, which latency= is: give both or neither")
     for package in _PACKAGES[clock]:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ImportError(f"clock: {clock} needs {package} ({error}): pip install "
-                              f"'torch-fastscore[{clock}]'") from error
+        needed(package, f"clock: {clock} needs {package}", f"'torch-fastscore[{clock}]'")
     if not isinstance(example_inputs, Tensor):
         raise ValueError(f"clock: {clock} runs models of one tensor, and example_inputs are "
                          f"{type(example_inputs).__name__}: give a tensor, or clock=\"torch\"")

@@ -31,12 +31,12 @@ from fastscore.pruning.options import Budgets
 from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.report import Judged
 from fastscore.pruning.result import PruneResult
+from fastscore.recovery.calibration import HELD_OUT
 from fastscore.recovery.decisions import Decisions, JudgedOutputs
 from fastscore.recovery.divergence import Divergence, divergence, figures, least_share
 from fastscore.recovery.held_out import Part, samples_in
 from fastscore.wording import counted
 
-HELD_OUT = 4  # one of so many calibration samples judges where no others are given
 _CONFIDENCE = 0.95  # by which samples that judge are few, where none is asked for
 _BIT = 8  # of a sample's id, by which the samples to judge by are halved
 LARGER = (0.25, 0.5, 0.75)  # of what the largest network that passed lost: networks that are tested before it

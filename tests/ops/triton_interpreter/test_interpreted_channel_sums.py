@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+import triton_traffic
 from cases import SMS, Case, cases, kind, strides
 from guards import output, poisoned, untouched
 from thinned import NIGHTLY, thinned
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from fastscore.ops import reference
 from fastscore.ops.triton import channel_sums as kernels
-from fastscore.ops.triton import traffic
 from fastscore.ops.triton.launch import ChannelLaunch, plan_channel_sums
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -65,7 +65,7 @@ def test_every_kind_of_launch_is_right_and_moves_the_bytes_of_the_model(dtype, l
         reducer = tuple(kernels.SUMS)[i % 3]
         loads.bytes = 0
         check(*pair(case, dtype, i), reducer, mean=reducer == "sums" and i % 2 == 0)
-        moved = traffic.channel_sums(case.plan(dtype.itemsize), kernels.SUMS[reducer], dtype.itemsize,
+        moved = triton_traffic.channel_sums(case.plan(dtype.itemsize), kernels.SUMS[reducer], dtype.itemsize,
                                      reference.result_dtype(dtype).itemsize)
         # Of the partial sums, the half that is read.
         assert loads.bytes == moved.inputs + moved.partials // 2, case

@@ -7,12 +7,12 @@ import os
 
 import pytest
 import torch
+import triton_traffic
 from guards import output, poisoned, untouched
 from torch import Tensor
 
 from fastscore.ops import reference
 from fastscore.ops.triton import normalize_gradient as kernels
-from fastscore.ops.triton import traffic
 from fastscore.ops.triton.launch import NORMALIZE_BLOCK, plan_normalize_gradient
 
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def test_bytes_of_the_model(length, loads):
     g = sample((3, length), torch.float32)
     kernels.normalize_gradient(g)
     plan = plan_normalize_gradient((3, length), g.stride(), g.stride(), 4)
-    moved = traffic.normalize_gradient(plan, 4, 4)
+    moved = triton_traffic.normalize_gradient(plan, 4, 4)
     written = 8 * plan.grid[0] if plan.splits > 1 else 0
     assert loads.bytes == moved.inputs + moved.partials - written
     assert moved.outputs == g.nbytes + 3 * 4

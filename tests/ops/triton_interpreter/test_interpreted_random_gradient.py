@@ -9,13 +9,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+import triton_traffic
 from guards import output, untouched
 from thinned import NIGHTLY, thinned
 from torch import Tensor
 
 from fastscore.ops import reference
 from fastscore.ops.triton import random_gradient as kernels
-from fastscore.ops.triton import traffic
 from fastscore.ops.triton.launch import RandomLaunch, plan_random_gradient
 
 CPU = torch.device("cpu")
@@ -120,7 +120,7 @@ if NIGHTLY:  # 260 programs take ten seconds; those of normalize_gradient, which
 def test_bytes_of_the_model(classes, loads):
     generate(IDS[:3], classes, 0, 0, True, True)
     plan = plan_random_gradient(3, classes)
-    moved = traffic.random_gradient(plan, partials=plan.splits > 1)
+    moved = triton_traffic.random_gradient(plan, partials=plan.splits > 1)
     written = 4 * plan.grid[0] if plan.splits > 1 else 0
     assert loads.bytes == moved.inputs + moved.partials - written
     assert moved.outputs == 3 * classes * 4
