@@ -119,6 +119,10 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("PegasusForConditionalGeneration", "PegasusConfig", {**_BART, "pad_token_id": 0}, "pair"),
     ("PegasusXForConditionalGeneration", "PegasusXConfig", {
         **_BART, "pad_token_id": 0, "block_size": 4, "num_global_tokens": 2}, "pair"),
+    ("ProphetNetForConditionalGeneration", "ProphetNetConfig", {
+        "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 60,
+        "max_position_embeddings": 32, "num_buckets": 8, "relative_max_distance": 16}, "pair"),
     ("TrOCRForCausalLM", "TrOCRConfig", _BART, "text"),
     ("WhisperForConditionalGeneration", "WhisperConfig", {
         **_BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20, "pad_token_id": 0,

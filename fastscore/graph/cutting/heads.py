@@ -21,6 +21,7 @@ LAYERS = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "k_proj", "v_proj", "out_proj"),
     ("q_proj", "k_proj", "v_proj", "dense"),
+    ("query_proj", "key_proj", "value_proj", "out_proj"),
     ("q_lin", "k_lin", "v_lin", "out_lin"),
     ("self.query", "self.key", "self.value", "output.dense"),
     ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
@@ -36,8 +37,6 @@ LAYERS = (
     ("to_q", "to_kv", "to_kv", "to_out.0"),
     ("q", "k", "v", "o"),
 )
-# attribute -> what it counts; of the module or of a child
-_COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
 _KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "all_head_dim", "split_size", "dim_out")
 COUNTS_ALONE = " alone"  # `attribute` of a member for heads: what is called as one of the widths above is none of them
@@ -51,13 +50,13 @@ PROJECTIONS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight
 
 def count(module: nn.Module) -> int | None:
     """How many (query) heads an attention module says that it has; None where it says nothing."""
-    return _first(module, _COUNTS)
+    return _first(module, own_width.COUNTS)
 
 
 def total_of(module: nn.Module) -> int | None:
     """The same, or what its code reads of a config that it shares."""
     config = _config_read(module)
-    return count(module) or (config and _first_of(config, _COUNTS))
+    return count(module) or (config and _first_of(config, own_width.COUNTS))
 
 
 def width(module: nn.Module) -> int | None:
@@ -67,14 +66,14 @@ def width(module: nn.Module) -> int | None:
 
 def is_known(attribute: str) -> bool:
     """Whether a number is known by its name, as one of heads or their widths is."""
-    return attribute in (*_COUNTS, *_KEY_COUNTS, *_WIDTHS, *own_width.HEAD_WIDTHS)
+    return attribute in (*own_width.COUNTS, *_KEY_COUNTS, *_WIDTHS, *own_width.HEAD_WIDTHS)
 
 
 def counted(module: nn.Module, widths: bool = True) -> set[tuple[str, str]]:
     """(child, or "" for the module itself, attribute) of the numbers that `remove` changes."""
     owners = (("", module), *module.named_children()) if count(module) is not None else ()
     return {(child, name) for child, owner in owners for name, value in vars(owner).items()
-            if name in (*_COUNTS, *_KEY_COUNTS, *(_WIDTHS if widths else ())) and isinstance(value, int)}
+            if name in (*own_width.COUNTS, *_KEY_COUNTS, *(_WIDTHS if widths else ())) and isinstance(value, int)}
 
 
 def tensors(module: nn.Module) -> Iterator[str]:
@@ -111,11 +110,11 @@ def remove(module: nn.Module, index: Tensor, apart: Collection[str] = (), widths
         setattr(module, name, nn.Parameter(new, old.requires_grad) if name in module._parameters else new)
     for owner in (module, *module.children()):
         for name, value in list(vars(owner).items()):
-            if name in (*_COUNTS, *_KEY_COUNTS, *(_WIDTHS if widths else ())) and isinstance(value, int):
+            if name in (*own_width.COUNTS, *_KEY_COUNTS, *(_WIDTHS if widths else ())) and isinstance(value, int):
                 setattr(owner, name, value * len(kept) // total)
     if config is not None:
         module.config = NarrowedConfig(config, {  # type: ignore[assignment]
-            name: value * len(kept) // total for name in (*_COUNTS, *_KEY_COUNTS)
+            name: value * len(kept) // total for name in (*own_width.COUNTS, *_KEY_COUNTS)
             if isinstance(value := getattr(config, name, None), int)})
 
 
@@ -156,9 +155,9 @@ def _config_read(module: nn.Module) -> Any:
         return None
     mentioned = {name for cls in type(module).__mro__ if not is_torchs(cls) for method, held in vars(cls).items()
                  if method != "__init__" for function in functions_in(held) for name in names_in(function.__code__)}
-    read = [name for name in (*_COUNTS, *_KEY_COUNTS) if name in mentioned]
-    own = any(isinstance(vars(module).get(name), int) for name in _COUNTS)
-    return config if not own and _first_of(config, read) and _first_of(config, _COUNTS) else None
+    read = [name for name in (*own_width.COUNTS, *_KEY_COUNTS) if name in mentioned]
+    own = any(isinstance(vars(module).get(name), int) for name in own_width.COUNTS)
+    return config if not own and _first_of(config, read) and _first_of(config, own_width.COUNTS) else None
 
 
 def _first_of(config: Any, names: Sequence[str]) -> int | None:

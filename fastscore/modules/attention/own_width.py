@@ -22,7 +22,8 @@ from fastscore.modules.source import tree_of
 
 _QUERIES, _OUTPUTS = ("qkv", "q", "to_q", "query", "q_proj"), ("proj", "o_proj", "out_proj", "to_out")
 _THREE = ("qkv", "to_qkv")
-_COUNTS = ("num_heads", "heads", "n_heads", "num_attention_heads")
+# attribute -> what it counts; of the module or of a child
+COUNTS = ("num_heads", "n_heads", "num_attention_heads", "num_attn_heads", "n_head", "nhead", "heads")
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_kv")
 _PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
 _WIDTH, _SCALE, _SIZE = "attended_width", "attended_scale", "attended_size"
@@ -67,7 +68,7 @@ def output_projection(module: nn.Module) -> nn.Linear | None:
 def _of_heads(module: nn.Module) -> int:
     """The width of all heads, of a module that keeps how many there are and how wide; 0 of any other."""
     count, width = (next((value for name in names if type(value := vars(module).get(name)) is int), 0)
-                    for names in (_COUNTS, HEAD_WIDTHS))
+                    for names in (COUNTS, HEAD_WIDTHS))
     return count * width
 
 
@@ -104,9 +105,9 @@ def replacement(module: nn.Module) -> type[nn.Module] | None:
     if made is None:
         return None
     projection, reader = output_projection(module), _called(module, _QUERIES)
-    if projection is None or reader is None or not any(name in vars(module) for name in _COUNTS):
+    if projection is None or reader is None or not any(name in vars(module) for name in COUNTS):
         reader = reader or _called(module, made._first_read)
-        if not made._asks or not any(name in vars(module) for name in {*made._divisors, *_COUNTS}):
+        if not made._asks or not any(name in vars(module) for name in {*made._divisors, *COUNTS}):
             return None
     return made if reader is not None and reader.in_features == _attended(module, made._then_read) else None
 
@@ -206,7 +207,7 @@ def _divisors(function: ast.FunctionDef, owner: str, x: str) -> frozenset[str]:
                  and isinstance(node.op, ast.FloorDiv) and _is_own(node.right, owner)]
     of_width = frozenset(name for left, name in divisions if any(
         _dim_asked(part, x) is not None or getattr(part, "id", "") in widths for part in ast.walk(left)))
-    counted = any(_is_own(node, owner) and node.attr in _COUNTS for node in ast.walk(function))
+    counted = any(_is_own(node, owner) and node.attr in COUNTS for node in ast.walk(function))
     return of_width if of_width or counted else frozenset(name for _, name in divisions)
 
 
@@ -230,7 +231,7 @@ class _Widths(ast.NodeTransformer):
 
     def __init__(self, owner: str, x: str, counts: Iterable[str], products: Collection[str], layers: set[str]) -> None:
         self.names: set[str] = set()
-        self._counts, self._products, self._layers = {*_COUNTS, *counts}, products, layers
+        self._counts, self._products, self._layers = {*COUNTS, *counts}, products, layers
         self.changed = False
         self._owner, self._x, self._multiplied, self._here = owner, x, False, False
 
