@@ -11,10 +11,11 @@ import inspect
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from types import CellType, CodeType, FunctionType
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor, nn
 
+from fastscore.modules.attention.own_names import Spelled, is_own
 from fastscore.modules.changed_source import code_of, with_code
 from fastscore.modules.made_classes import Made, made_class
 from fastscore.modules.reachable_code import content
@@ -170,16 +171,17 @@ def _rewritten(cls: type[nn.Module], name: str) -> tuple[CodeType | None, dict[s
         return None, {}
     function.decorator_list = []
     x, owner = function.args.args[1].arg, function.args.args[0].arg
+    Spelled(function, owner).visit(function)
     divisors = _divisors(function, owner, x)
     hands_on = [node.func.attr for node in ast.walk(function) if isinstance(node, ast.Call) and node.args
-                and _is_own(node.func, owner) and isinstance(node.args[0], ast.Name) and node.args[0].id == x]
-    products = {*_PRODUCTS, *(node.attr for node in ast.walk(function) if _is_own(node, owner)
+                and is_own(node.func, owner) and isinstance(node.args[0], ast.Name) and node.args[0].id == x]
+    products = {*_PRODUCTS, *(node.attr for node in ast.walk(function) if is_own(node, owner)
                               and _has_products(inspect.getattr_static(cls, node.attr, None)))}
     layers = {node.func.attr for node in ast.walk(function) if isinstance(node, ast.Call)
-              and _is_own(node.func, owner) and inspect.getattr_static(cls, node.func.attr, None) is None}
+              and is_own(node.func, owner) and inspect.getattr_static(cls, node.func.attr, None) is None}
     widths = _Widths(owner, x, divisors, products, layers)
     product = min((_place(node) for node in ast.walk(function) if _multiplies(node, products)), default=(0, 0))
-    names = sorted((_place(node), node.attr) for node in ast.walk(function) if _is_own(node, owner))
+    names = sorted((_place(node), node.attr) for node in ast.walk(function) if is_own(node, owner))
     for number, statement in enumerate(function.body):
         if (width := _width_name(statement, x)) is not None:
             widths.names.add(width)
@@ -204,16 +206,11 @@ def _divisors(function: ast.FunctionDef, owner: str, x: str) -> frozenset[str]:
     heads either, all that it divides by. One that divides rows alone, as the side of a window does, is none of them."""
     widths = {_width_name(node, x) for node in ast.walk(function) if isinstance(node, ast.stmt)}
     divisions = [(node.left, node.right.attr) for node in ast.walk(function) if isinstance(node, ast.BinOp)
-                 and isinstance(node.op, ast.FloorDiv) and _is_own(node.right, owner)]
+                 and isinstance(node.op, ast.FloorDiv) and is_own(node.right, owner)]
     of_width = frozenset(name for left, name in divisions if any(
         _dim_asked(part, x) is not None or getattr(part, "id", "") in widths for part in ast.walk(left)))
-    counted = any(_is_own(node, owner) and node.attr in COUNTS for node in ast.walk(function))
+    counted = any(is_own(node, owner) and node.attr in COUNTS for node in ast.walk(function))
     return of_width if of_width or counted else frozenset(name for _, name in divisions)
-
-
-def _is_own(node: ast.AST, owner: str) -> TypeGuard[ast.Attribute]:
-    """Whether it is an attribute of the module."""
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == owner
 
 
 def _place(node: ast.AST) -> tuple[int, int]:
@@ -266,7 +263,7 @@ class _Widths(ast.NodeTransformer):
         if (asked := self._asked(node)) is not None:
             return asked
         here = self._here
-        if not self._multiplied and _is_own(node.func, self._owner) and node.func.attr in self._layers:
+        if not self._multiplied and is_own(node.func, self._owner) and node.func.attr in self._layers:
             self._here = self._counts_heads(ast.walk(node))
         node.func = self.visit(node.func)
         if self._multiplied and any(map(self._projects, ast.walk(node.func))):
@@ -281,7 +278,7 @@ class _Widths(ast.NodeTransformer):
 
     def _projects(self, node: ast.AST) -> bool:
         """Whether it is a call of the output projection."""
-        return isinstance(node, ast.Call) and _is_own(node.func, self._owner) and node.func.attr in _OUTPUTS
+        return isinstance(node, ast.Call) and is_own(node.func, self._owner) and node.func.attr in _OUTPUTS
 
     def _asked(self, node: ast.expr) -> ast.expr | None:
         dim = _dim_asked(node, self._x) if self._here else None
@@ -326,17 +323,21 @@ def _multiplies(node: ast.AST, products: Collection[str]) -> bool:
 
 
 def _width_name(statement: ast.stmt, x: str) -> str | None:
-    """Of `..., name = x.shape` (or x.size()), of three or more names, the last; of `name = x.shape[-1]` (or x.size(-1))
-    that; None for all other statements."""
+    """Of `..., name = x.shape` (or x.size()), of three or more names, the last, and the same of `..., name, heads =
+    *x.shape, self.heads`; of `name = x.shape[-1]` (or x.size(-1)) that; None for all other statements."""
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         return None
     target, value = statement.targets[0], statement.value
     if isinstance(value, (ast.Subscript, ast.Call)) and isinstance(target, ast.Name):
         dim = _dim_asked(value, x)
         return target.id if dim is not None and ast.unparse(dim) == "-1" else None
+    names = target.elts if isinstance(target, ast.Tuple) else []
+    if isinstance(value, ast.Tuple) and isinstance(value.elts[0], ast.Starred):
+        names = names[:1 - len(value.elts)] if len(value.elts) > 1 else names
+        value = value.elts[0].value
     if isinstance(value, ast.Call) and not value.args:
         value = value.func
-    if not _is_shape(value, x) or not isinstance(target, ast.Tuple) or len(target.elts) < 3:
+    if not _is_shape(value, x) or len(names) < 3:
         return None
-    last = target.elts[-1]
+    last = names[-1]
     return last.id if isinstance(last, ast.Name) and last.id != "_" else None
