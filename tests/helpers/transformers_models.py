@@ -109,6 +109,8 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("ModernBertForSequenceClassification", "ModernBertConfig", {**_BERT, "pad_token_id": 0}, "text"),
     ("MobileBertForSequenceClassification", "MobileBertConfig", {
         **_BERT, "embedding_size": 32, "intra_bottleneck_size": 32, "initializer_range": 0.2}, "text"),
+    ("SqueezeBertForSequenceClassification", "SqueezeBertConfig", {
+        **_BERT, "embedding_size": 32, "num_attention_heads": 8}, "text"),
     ("T5ForConditionalGeneration", "T5Config", {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4,
                                                 "vocab_size": 60, "decoder_start_token_id": 0}, "pair"),
     ("LongT5ForConditionalGeneration", "LongT5Config", {

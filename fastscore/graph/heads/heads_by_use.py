@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Collection, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore.graph.cutting import heads
@@ -19,7 +20,7 @@ from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.heads.attention_calls import Call
 from fastscore.graph.heads.head_numbers import numbers, units_of
 from fastscore.graph.heads.head_run import Run, RunAlone, gradients
-from fastscore.graph.layer_types import OPTYPE, type_of
+from fastscore.graph.layer_types import OPTYPE, groups_of, type_of
 from fastscore.modules.norms import channel_norms, gated_norms
 
 _MOST_HEADS = 256
@@ -109,9 +110,15 @@ def _group(run: Run, of_column: Tensor, count: int) -> ChannelGroup | None:
                 along.setdefault(name, {})[dim] = slices
     for name, dims in along.items():
         for slices in [dims[0]] if 0 in dims and _is_layer(run.module, name) else ():
-            for row in slices[(slices.sum(1) > 1) & (slices.sum(1) < count)]:
+            partly = slices.sum(1) < count  # not those that all heads share
+            rows = [*slices[partly], *_in_step(run.module, name, slices & partly[:, None])]
+            for row in (row for row in rows if row.sum() > 1):
                 joined = unit_of_head[row]
                 unit_of_head[torch.isin(unit_of_head, joined)] = joined.min()
+    for name in run.read:
+        for row in _in_step(run.module, f"{name}.weight", F.one_hot(of_column, count).bool()):
+            joined = unit_of_head[row]
+            unit_of_head[torch.isin(unit_of_head, joined)] = joined.min()
     unit_of_head = torch.unique(unit_of_head, return_inverse=True)[1]
     if int(unit_of_head.max()) == 0:
         return None
@@ -159,6 +166,13 @@ def _is_whole(run: Run, group: ChannelGroup, columns: Tensor, count: int) -> boo
         return True
     rows = member.index.to(shown[0].device)
     return not bool((shown[0] & shown[1])[rows].any())
+
+
+def _in_step(module: nn.Module, name: str, of_channel: Tensor) -> Tensor:
+    """Of a grouped convolution the heads, bool, of channels at the same place of each group, of which as many go: its
+    groups stay as wide as each other. None of any other layer."""
+    groups = groups_of(module.get_submodule(name.rpartition(".")[0]))
+    return of_channel.unflatten(0, (groups, -1)).any(0) if groups > 1 else of_channel[:0]
 
 
 def _is_layer(module: nn.Module, name: str) -> bool:

@@ -1,0 +1,64 @@
+"""Heads that grouped convolutions make, or read: as many of each group go, since a convolution's groups are as wide."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from attention_layouts import EMBED, HEADS, INNER, TOKENS, WIDTH
+from own_attentions import Network
+from torch import Tensor, nn
+from whole_way import check, noisy
+
+from fastscore.graph.tracing import trace
+
+GROUPS = HEADS // 2
+
+
+class Squeezed(nn.Module):
+    """As SqueezeBert's: channels before tokens, and queries, keys and values of groups of channels."""
+
+    makes, reads = GROUPS, 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.inner = HEADS, INNER
+        self.ask, self.key, self.val = (nn.Conv1d(EMBED, INNER, 1, groups=self.makes) for _ in range(3))
+        self.mix = nn.Conv1d(INNER, EMBED, 1, groups=self.reads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x.mT).view(len(x), self.count, WIDTH, -1) for layer in (self.ask, self.key, self.val))
+        y = v @ (k.mT @ q / 2).softmax(-2)
+        return self.mix(y.view(len(x), self.inner, -1)).mT
+
+
+class Gathered(Squeezed):
+    """Whose output is of groups, too, alone."""
+
+    makes, reads = 1, GROUPS
+
+
+class OfEach(Squeezed):
+    """A group makes each head, and would have nothing to make without it."""
+
+    makes = HEADS
+
+
+
+
+def _x() -> Tensor:
+    return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
+
+
+@pytest.mark.parametrize("attention", [Squeezed, Gathered])
+def test_as_many_heads_of_each_group_go(attention: type[Squeezed], tmp_path: Path) -> None:
+    small = check(lambda: Network(attention), _x(), ["embed", "attn.ask", "mlp.0"], tmp_path).model
+    assert small.attn.count == HEADS // 2
+    assert (small.attn.ask.groups, small.attn.mix.groups) == (attention.makes, attention.reads)
+    (group,) = (group for group in trace(noisy(lambda: Network(attention)), _x()).groups if any(group.role("heads")))
+    assert group.unit.tolist() == [0, 0, 1, 1] * GROUPS
+
+
+def test_heads_that_are_groups_stay() -> None:
+    graph = trace(noisy(lambda: Network(OfEach)), _x())
+    assert {group.name for group in graph.groups} == {"embed", "mlp.0"}
+    assert all("a view divides" in graph.skipped[f"attn.{name}"] for name in ("ask", "key", "val"))
