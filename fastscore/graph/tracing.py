@@ -163,7 +163,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
         ways = counted_samples.Ways(model)
         try:
             axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,
-                                        partial(ways.watched, counted.once), "norms" in searched)
+                                        partial(ways.watched, counted.once), counted.once, "norms" in searched)
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise

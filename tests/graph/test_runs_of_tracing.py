@@ -13,6 +13,7 @@ from fastscore.graph.tracing import trace
 from fastscore.graph.trials import surgery_trial
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.macs import counting
 
 
 class Idle(nn.Module):
@@ -130,3 +131,13 @@ def test_groups_that_others_read_are_tried_by_themselves_where_not_all_go(monkey
     assert surgery_trial.go_one_by_one(recording, [groups[0], groups[2]]) == {"0", "2"}
     assert surgery_trial.go_one_by_one(recording, groups) == {"0", "2"}
     assert tried == [["0", "2"]] * 2 + [["0", "1", "2"]] + [["0"]] * 2 + [["1"]] + [["2"]] * 2
+
+
+@pytest.mark.parametrize(("samples", "times"), [(1, 0), (2, 0), (3, 1)])
+def test_products_are_counted_in_a_run_that_is_made_anyhow(samples: int, times: int,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, one = [], counting.count
+    monkeypatch.setattr(counting, "count", lambda *args: counted.append(args) or one(*args))
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    assert trace(model, torch.randn(samples, 3, 4)).macs == {"0": 60, "2": 30}
+    assert len(counted) == times

@@ -45,7 +45,8 @@ ALONE = ": it is scored where batches have one sample each"
 
 
 def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training: Run, example: Batch,
-             single: Batch = None, first: Around = nullcontext, norms: bool = False) -> SampleAxes:
+             single: Batch = None, first: Around = nullcontext, pair: Around = nullcontext,
+             norms: bool = False) -> SampleAxes:
     """The sample axes of what is tapped: the inputs of consumers, and the outputs of BatchNorms where `norms` are to be
     scored. See `find`.
 
@@ -58,7 +59,7 @@ def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training
                 for edge in group.edges}
     watched |= {name: Watched(1, output=True) for name, module in model.named_modules()
                 if norms and isinstance(module, nn.modules.batchnorm._BatchNorm)}
-    axes = find(model, watched, run, example, single, first) if watched else SampleAxes()
+    axes = find(model, watched, run, example, single, first, pair) if watched else SampleAxes()
     inactive = {layer: watched[layer] for layer in watched.keys() - axes.calls.keys() - graph.chosen}
     if not inactive:
         return axes
@@ -66,21 +67,22 @@ def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training
 
 
 def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Batch, single: Batch = None,
-         first: Around = nullcontext) -> SampleAxes:
+         first: Around = nullcontext, pair: Around = nullcontext) -> SampleAxes:
     """The sample axes of what those layers of a model that ran read or make; every reason says why a layer's samples
     cannot be told apart.
 
     model: an evaluation copy that nobody else uses; parameters that are zero, which let no gradient pass, become
     random. run: (model, batch) -> its floating-point outputs. example: samples of it make up the batches that are
     tried. single: a batch that may be of a single sample. first: a run on a single sample, without gradients, is made
-    in this block.
+    in this block. pair: one on `single` in this, where that is `example`, of as many samples as are tried first.
     """
     model.requires_grad_(False)
     randomize_zeros(model)
     known = KnownSamples(model)
     quick = _Way(_QUICK, False, known, first, single)
     found = _find(model, watched, run, example, quick) if _samples_of(single) == 1 else None
-    return found or _find(model, watched, run, example, _Way(_SIZES, True, known)) or SampleAxes()
+    first = pair if example is single and _samples_of(example) == _SIZES[0] else nullcontext
+    return found or _find(model, watched, run, example, _Way(_SIZES, True, known, first)) or SampleAxes()
 
 
 @dataclass(frozen=True)
