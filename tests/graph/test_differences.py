@@ -14,7 +14,7 @@ NAN, INF = float("nan"), float("inf")
 def test_all_is_close_where_each_element_is(dtype: torch.dtype, rounding: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     answers, excused = set(), rounding or 16 * torch.finfo(dtype).eps
-    for power in range(-3, 3):
+    for power in range(-3, 4):
         for _ in range(10):
             before = torch.randn(4, 5, generator=generator).to(dtype)
             x = before + excused * 10.0 ** power * torch.randn(4, 5, generator=generator).to(dtype)
@@ -27,6 +27,7 @@ def test_all_is_close_where_each_element_is(dtype: torch.dtype, rounding: float 
 @pytest.mark.parametrize(("x", "before"), [
     ([1.0, NAN], [1.0, NAN]), ([1.0, NAN], [1.0, 1.0]), ([1.0, 1.0], [1.0, NAN]), ([INF, 1.0], [INF, 1.0]),
     ([INF, 2.0], [INF, 1.0]), ([INF, 1.0], [-INF, 1.0]), ([1.0, 1.0], [INF, 1.0]), ([0.0, -0.0], [-0.0, 0.0]),
+    ([INF, 1.0], [1.0, 1.0]), ([3e38, 1.0], [-3e38, 1.0]), ([5.0, NAN], [1.0, NAN]), ([1.0, 0.0], [0.0, 0.0]),
     ([], [])])
 def test_numbers_that_are_none_are_close_to_themselves(x: list[float], before: list[float]) -> None:
     one, other = torch.tensor(x), torch.tensor(before)

@@ -15,6 +15,13 @@ from fastscore.graph.trials.row_gradients import rows_alone
 from fastscore.modules.weights.experts import ExpertLinear
 
 
+@pytest.fixture
+def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that compute next to nothing are not run again, either."""
+    for floor in ("_LEAST", "_EACH"):
+        monkeypatch.setattr(known_samples, floor, 0)
+
+
 def rows(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -41,6 +48,7 @@ LAYERS: list[tuple[Callable[[], nn.Module], Tensor]] = [
     (lambda: nn.ConvTranspose1d(4, 5, 3), rows(3, 4, 6)), (Routed, rows(3, 6, 4))]
 
 
+@pytest.mark.usefixtures("small_layers")
 @pytest.mark.parametrize(("build", "x"), LAYERS)
 def test_samples_that_were_read_give_what_they_gave(build: Callable[[], nn.Module], x: Tensor) -> None:
     model = nn.Sequential(build()).eval()
@@ -91,6 +99,22 @@ def twice(model: nn.Module, x: Tensor, written: Callable[..., Any] = lambda mode
             return model(x), torch.nn.functional.linear(x, *model.state_dict().values())
 
 
+@pytest.mark.parametrize(("layer", "shape", "cost"), [
+    (nn.Linear(800, 800), (2, 14, 800), 1), (nn.Linear(800, 800), (2, 13, 800), 2),
+    (nn.Conv2d(64, 800, 3), (2, 64, 20, 20), 1), (nn.Conv2d(64, 800, 1), (2, 64, 40, 40), 2)])
+def test_what_is_soon_done_is_done_again(layer: nn.Module, shape: tuple[int, ...], cost: int) -> None:
+    model, x = nn.Sequential(layer), rows(*shape)
+    known = KnownSamples(model)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with known.used(2):
+            model(x)
+        once = counter.get_total_flops()
+        with known.used(2):
+            model(x)
+    assert counter.get_total_flops() == cost * once
+
+
+@pytest.mark.usefixtures("small_layers")
 @pytest.mark.parametrize("written", [
     lambda model, x, y: model.weight.add_(1), lambda model, x, y: y.add_(1), lambda model, x, y: x.add_(1),
     lambda model, x, y: setattr(model, "weight", nn.Parameter(model.weight + 1))])
@@ -103,11 +127,13 @@ def test_what_is_written_to_is_made_anew(written: Callable[..., Any]) -> None:
     assert torch.equal(made, expected)
 
 
+@pytest.mark.usefixtures("small_layers")
 def test_a_weight_that_code_writes_to_unseen_is_another() -> None:
     made, expected = twice(Writes(), rows(3, 4))
     assert torch.equal(made, expected)
 
 
+@pytest.mark.usefixtures("small_layers")
 def test_no_more_is_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_samples, "_KEPT", 50)  # of one sample
     model, x = nn.Sequential(nn.Linear(4, 5)), rows(3, 4)
@@ -130,6 +156,7 @@ class Decides(nn.Module):
         return torch.where(y > 0, y, -y)
 
 
+@pytest.mark.usefixtures("small_layers")
 def test_what_is_decided_by_what_layers_gave_before_is_seen() -> None:
     model, x = Decides(), rows(3, 4)
     known = KnownSamples(model)

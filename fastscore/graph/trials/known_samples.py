@@ -24,6 +24,8 @@ from fastscore.modules.weights.experts import ExpertLinear
 
 _KEPT = 2 ** 30  # bytes of what is known, at most
 _SOME = 4  # places of each dimension, which are looked at first
+_LEAST = 2 ** 23  # products of a layer for a sample: with fewer it has run before what it reads is compared
+_EACH = 384  # products for each number that it reads or makes, at least, for the same reason
 Forward = Callable[..., Tensor]
 
 
@@ -87,7 +89,8 @@ class KnownSamples:
         call = self._calls[name]
         self._calls[name] += 1
         own: Forward = type(layer).forward
-        if kwargs or name not in self._layers or not self._lie_apart(layer, args):
+        if kwargs or name not in self._layers or not self._lie_apart(layer, args) or \
+                not self._takes_long(layer, args[0]):
             return own(layer, *args, **kwargs)
         parts = self._parts[name, call]
         axis = self._axis(layer, args[0])
@@ -123,6 +126,12 @@ class KnownSamples:
         return x.dim() > 1 and x.shape[self._axis(layer, x)] % self._samples == 0 and x.numel() > 0 and \
             not x.is_meta and not x.is_complex() and not torch.is_autocast_enabled(x.device.type) and \
             torch._C._functorch.peek_interpreter_stack() is None and (kernel is None or x.dim() == len(kernel) + 2)
+
+    def _takes_long(self, layer: Any, x: Tensor) -> bool:
+        """Whether a layer takes longer than what finds that it need not run."""
+        weight = layer.weight[0] if isinstance(layer, ExpertLinear) else layer.weight
+        places = x.numel() // (self._samples * x.shape[1 if hasattr(layer, "kernel_size") else -1])
+        return bool(weight.numel() * places >= _LEAST and weight.numel() >= _EACH * sum(weight.shape[:2]))
 
     def _axis(self, layer: nn.Module, x: Tensor) -> int:
         """Along which samples may lie, of dimensions whose places a layer treats each alone."""
