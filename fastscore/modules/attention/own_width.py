@@ -332,8 +332,8 @@ def _width_name(statement: ast.stmt, x: str) -> str | None:
         dim = _dim_asked(value, x)
         return target.id if dim is not None and ast.unparse(dim) == "-1" else None
     names = target.elts if isinstance(target, ast.Tuple) else []
-    if isinstance(value, ast.Tuple) and isinstance(value.elts[0], ast.Starred):
-        names = names[:1 - len(value.elts)] if len(value.elts) > 1 else names
+    if isinstance(value, ast.Tuple) and value.elts and isinstance(value.elts[0], ast.Starred):
+        names = names[:len(names) + 1 - len(value.elts)]
         value = value.elts[0].value
     if isinstance(value, ast.Call) and not value.args:
         value = value.func
