@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from fastscore.batches.parts import Batch, fields_of, first_tensor, map_tensors
@@ -39,17 +40,29 @@ def call_of(batch: Batch) -> str:
         "model(batch[0])" if isinstance(batch, (tuple, list)) else "model(batch)"
 
 
-def way_out(forward: Forward, batch: Batch) -> str:
-    """How call_model called a model on a batch that it does not take so, and how it is called otherwise; empty where
-    that was not call_model, or says nothing new."""
+def way_out(model: nn.Module, forward: Forward, batch: Batch, error: Exception) -> str:
+    """What may explain an error of a model's on its batch: numbers of another type than its weights; else how
+    call_model called it, and how it is called otherwise. Empty where nothing new can be said."""
+    if isinstance(error, RuntimeError):  # as of types and shapes
+        return _other_types(model, batch)
     if not is_call_model(forward) or isinstance(batch, Tensor):
         return ""
     kind, how = type(batch).__name__, "pass forward=lambda model, batch: model"
     if isinstance(batch, Mapping):
         called, takes = f"with the keywords {', '.join(map(str, batch))}", f"the {kind} itself, {how}(batch)"
+        part = next((name for name, value in batch.items() if first_tensor(value) is not None), None)
+        takes += "" if part is None else f", and where it takes a part, model(batch[{part!r}])"
     elif isinstance(batch, (tuple, list)):
         called, takes = f"on the first element of the {kind}", f"the whole, {how}(batch), or model(*batch)"
     else:
         part = next(name for name, value in fields_of(batch).items() if first_tensor(value) is not None)
         called, takes = f"on the {kind} itself", f"a part, {how}(batch.{part})"
     return f". It was called {called}: where it takes {takes}"
+
+
+def _other_types(model: nn.Module, batch: Batch) -> str:
+    tensor, weight = first_tensor(batch), next(filter(Tensor.is_floating_point, model.parameters()), None)
+    values = tensor is not None and (tensor.is_floating_point() or tensor.dtype == torch.uint8)  # others are indices
+    if tensor is None or weight is None or tensor.dtype == weight.dtype or not values:
+        return ""
+    return f". The batch holds {tensor.dtype}, and the weights are {weight.dtype}"

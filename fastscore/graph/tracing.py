@@ -135,7 +135,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
             working(f"tracing {type(model).__name__}"):
         try:
             found, ran, explained, recording = _traced(eval_model, run, searched, written,
-                                                       way_out(forward, example_inputs))
+                                                       partial(way_out, eval_model, forward, example_inputs))
         except ValueError as error:
             if how := running.only_whole(eval_model, run, example_inputs, samples):
                 raise ValueError(f"{type(model).__name__}: {how}") from error
@@ -183,10 +183,11 @@ def _to_try(tensor: Tensor) -> Tensor:
 
 
 def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], searched: Container[str],
-            written: Collection[str], otherwise: str = "") -> tuple[ChannelGraph, set[str], set[str], Recording]:
+            written: Collection[str], otherwise: Callable[[Exception], str] = lambda error: ""
+            ) -> tuple[ChannelGraph, set[str], set[str], Recording]:
     """(the groups of one way of running an evaluation copy, the layers that ran, those that are kept with a
     reason that came of trying them, the recording of a run). searched: see ChannelGraph. written: Linears whose
-    outputs are written to, as far as that is known. otherwise: what is said where the model cannot be called so."""
+    outputs are written to, as far as that is known. otherwise: what more is said of an error of the model's call."""
     plain = _traced_as_it_is(eval_model, run, searched, written, otherwise)
     if not plain[2]:
         return plain
@@ -198,7 +199,7 @@ def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], sea
 
 
 def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], searched: Container[str],
-                     written: Collection[str], otherwise: str = ""
+                     written: Collection[str], otherwise: Callable[[Exception], str] = lambda error: ""
                      ) -> tuple[ChannelGraph, set[str], set[str], Recording]:
     """`_traced`, where buffers are constants."""
     graph = dependencies.Graph()
@@ -241,8 +242,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     except OutputError:
         raise
     except Exception as error:  # the tracer raises whatever its guesses run into
-        blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
-        advice = "" if has_run or isinstance(error, RuntimeError) else otherwise  # as of shapes
+        blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs (of score: batches)"
+        advice = "" if has_run else otherwise(error)
         raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}{advice}") from error
     graph.calls.note_unseen_readers(recording.calls_of)
     recording.taken = graph.calls.taken

@@ -48,11 +48,12 @@ class GroupReport:
         """What of the channels went as heads, and what as dimensions of those that stay; empty without heads."""
         if self.heads is None:
             return ""
+        left = self.heads[1] if self.channels[1] else 0  # none of a branch that is gone
         before, after = (f"{channels / heads:.3g}" if heads else "0"
-                         for channels, heads in zip(self.channels, self.heads, strict=True))
-        widths = f" of {before} dimensions" if before == after or not self.heads[1] else \
+                         for channels, heads in zip(self.channels, (self.heads[0], left), strict=True))
+        widths = f" of {before} dimensions" if before == after or not left else \
             f", of {before} → {after} dimensions each"
-        return f"{self.heads[0]} → {self.heads[1]} heads{widths}"
+        return f"{self.heads[0]} → {left} heads{widths}"
 
 
 @dataclass(frozen=True)

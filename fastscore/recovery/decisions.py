@@ -18,6 +18,10 @@ Judging = Literal["decision", "error"]
 JudgedOutputs: TypeAlias = Sequence[str | int] | Mapping[str | int, Judging] | None
 
 
+class UnknownOutputError(ValueError):
+    """An output is named that the model does not return."""
+
+
 class Decisions:
     """The outputs of networks that decide, or estimate, by name, each to be judged by itself.
 
@@ -89,8 +93,8 @@ class Decisions:
         for key in self._chosen:
             if not any(_is_named(name, key) for name in found):
                 there = ", ".join(name for name in found if name) or "one tensor alone, whose name is \"\""
-                raise ValueError(f"outputs: {key!r} is not among what forward= returns: {there}; name its places, keys "
-                                 "or fields")
+                raise UnknownOutputError(f"outputs: {key!r} is not among what forward= returns: {there}; name its "
+                                         "places, keys or fields")
         return {name: output for name, output in found.items() if any(_is_named(name, key) for key in self._chosen)}
 
     def _by_error(self, whole: str, part: Tensor) -> bool:

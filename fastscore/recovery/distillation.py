@@ -65,8 +65,8 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
         warmup: see lr.
         clip: the largest norm of the gradient of all weights together; longer ones are shortened to it. None: no limit.
         precision: of the passes, by torch.autocast; weights stay as they are. "float16" scales the loss.
-        held_out: batches to judge by, not trained on. Default: one of 8 samples of `batches`, told by content, at most
-            512; where a loader changes images at random, give your own.
+        held_out: batches to judge by, not trained on. Default: one of 8 samples of `batches` (of a few, of 4 or 2),
+            told by content, at most 512; where a loader changes images at random, give your own.
         looks: how often held-out samples judge.
         patience: stop after so many looks in a row that are no better than an earlier one (the start aside); None:
             never.

@@ -60,9 +60,13 @@ class FeatureMaps:
             dim = channel_dim(layer)
             expected = expected.index_select(dim, staying(expected.shape[dim], index).to(expected.device))
         if expected.shape != got.shape:
+            within = [part for part, _ in layer.named_modules(prefix=name) if (part, "outputs") in self._removed]
             raise ValueError(f"features: {name} returns {list(expected.shape)} in the dense network and "
-                             f"{list(got.shape)} in the smaller one: pass the PruneResult in place of its model, and "
-                             "name a convolution, a Linear or a normalisation, of which it says what went")
+                             f"{list(got.shape)} in the smaller one: " + (
+                                 "a PruneResult says what went of each convolution, Linear and normalisation, and "
+                                 f"of no module around them: name one of them, such as {within[-1]}" if within else
+                                 "pass the PruneResult in place of its model, and name a convolution, a Linear or a "
+                                 "normalisation, of which it says what went"))
         return expected
 
 

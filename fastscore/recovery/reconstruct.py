@@ -34,7 +34,7 @@ from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import has_no_place, mean_contributions, weight_alone
-from fastscore.recovery.decisions import Decisions, JudgedOutputs
+from fastscore.recovery.decisions import Decisions, JudgedOutputs, UnknownOutputError
 from fastscore.recovery.divergence import Divergence, divergence, figures, of_one_kind
 from fastscore.recovery.front_to_back import refit, sites
 from fastscore.recovery.held_out import check_batches
@@ -184,6 +184,8 @@ class _Bench:
             with InputMoments(self._eval_model, index) as inputs:
                 inputs.start(self._example)
                 self._run(self._eval_model, self._example)
+        except UnknownOutputError:
+            raise
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(f"{seen.name}: the model cannot take its batches ({error}); give what the model takes, or "
                              "forward=") from error

@@ -12,6 +12,7 @@ from fastscore.recovery.held_out import check_batches, held_out_rows, rows_in, s
 from fastscore.wording import counted
 
 HELD_OUT = 8  # one of so many samples judges and is never trained on
+OF_FEW = (4, 2)  # of so many where none would: samples are told by content, so that chance may leave none of a few
 JUDGES = 512  # as many of these are looked at, at most
 
 
@@ -36,7 +37,8 @@ class TrainingBatches:
     shuffle. One that changes images at random shows the same image as many, and needs `held_out` of its own.
 
     batches: read once in every epoch. held_out: batches to judge by, read at every look; None: one of HELD_OUT samples
-    of `batches`. seed: of torch's random numbers when an epoch begins, and so of the order of a loader that shuffles.
+    of `batches` (of OF_FEW, where that is none). seed: of torch's random numbers when an epoch begins, and so of the
+    order of a loader that shuffles.
     rank, size: of processes that have the same batches, and take turns at them. first_only: what follows the first
     element of a tuple or list is dropped unread. digests: tell by content whether a run goes on with the same batches.
 
@@ -50,29 +52,39 @@ class TrainingBatches:
             check_batches(held_out, "held_out")
         self._batches, self._held_out, self._seed = batches, held_out, seed
         self._rank, self._size, self._first_only, self._digests = rank, size, first_only, digests
+        self._one_of = HELD_OUT
 
     def judges(self) -> Iterable[Batch]:
         """The batches to judge by, of this process. Raises ValueError where there are too few samples to hold some
         out."""
         if self._held_out is not None:
             return _Share(self._held_out, self._rank, self._size, self._without_labels)
+        read = 0
+        for self._one_of in (HELD_OUT, *OF_FEW):
+            found, read = self._judging()
+            if found or not read:
+                break
+        if not found:
+            raise ValueError("batches: there is none, or none that holds a sample" if not read else
+                             f"batches: they hold {counted(read, 'sample')}, too few for some to be held out to judge "
+                             "by; give more, or held_out=")
+        return found[self._rank::self._size]
+
+    def _judging(self) -> tuple[list[Batch], int]:
+        """(the samples that judge, as many samples as were read to find them)."""
         found: list[Batch] = []
         read = kept = 0
         self._seed_with(0)
         for batch in map(self._without_labels, self._batches):
             count = samples_in(batch)
             read += count
-            rows = held_out_rows(batch, HELD_OUT).nonzero()[:, 0][:JUDGES - kept]
+            rows = held_out_rows(batch, self._one_of).nonzero()[:, 0][:JUDGES - kept]
             kept += len(rows)
             if len(rows):
                 found.append(take_rows(batch, rows))
             if kept == JUDGES:
                 break
-        if not kept:
-            raise ValueError("batches: there is none, or none that holds a sample" if not read else
-                             f"batches: they hold {counted(read, 'sample')}, and none is among the one of "
-                             f"{HELD_OUT} that are held out to judge by; give more, or held_out=")
-        return found[self._rank::self._size]
+        return found, read
 
     def __call__(self, start: Position, least: int) -> Iterator[tuple[Batch, Position]]:
         """(a batch to train on, the position behind it), without end; batches of fewer than `least` samples are left
@@ -107,7 +119,7 @@ class TrainingBatches:
     def _to_train_on(self, batch: Batch) -> Batch:
         if self._held_out is not None:
             return batch
-        rows = (~held_out_rows(batch, HELD_OUT)).nonzero()[:, 0]
+        rows = (~held_out_rows(batch, self._one_of)).nonzero()[:, 0]
         return take_rows(batch, rows)
 
     def _without_labels(self, batch: Batch) -> Batch:

@@ -104,6 +104,25 @@ class Packed(nn.Module):
         return self.out(self.fc(last).relu())
 
 
+@pytest.mark.parametrize(("dtype", "said"), [(torch.float64, "torch.float64"), (torch.uint8, "torch.uint8")])
+def test_numbers_of_another_type_are_told(dtype: torch.dtype, said: str) -> None:
+    model = trained().float()
+    refused(ValueError, rf"cannot run on example_inputs \(of score: batches\).*The batch holds {said}, and the weights "
+            "are torch.float32$", model, lambda: fastscore.score(model, [X.to(dtype)]))
+    with pytest.raises(ValueError, match="cannot run") as caught:
+        fastscore.score(model, [X[:, :2].float()])  # of another shape
+    assert "The batch holds" not in str(caught.value)
+
+
+def test_a_dict_with_labels_has_a_way_out() -> None:
+    model, batch = trained(), {"image": X, "label": torch.arange(len(X))}
+    with pytest.raises(ValueError, match=r"with the keywords image, label.* model\(batch\['image'\]\)$") as caught:
+        fastscore.score(model, [batch])
+    expected = fastscore.score(model, [X])
+    found = fastscore.score(model, [batch], forward=eval("lambda model, batch: " + str(caught.value).rsplit(" ", 1)[1]))
+    assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
+
+
 def test_packed_sequences_have_a_way_out() -> None:
     """It leads to what each sequence by itself gives."""
     sequences = [torch.randn(length, 5) for length in (6, 5, 3, 2)]

@@ -69,7 +69,8 @@ def test_scores_that_are_none_and_a_folder_for_a_file(tmp_path: Path) -> None:
 
 def test_a_model_that_is_called_with_too_little() -> None:
     """A TypeError of the model's own."""
-    with pytest.raises(ValueError, match=r"^Bilinear: it cannot run on example_inputs: TypeError: .*input2"):
+    with pytest.raises(ValueError, match=r"^Bilinear: it cannot run on example_inputs \(of score: batches\): "
+                       "TypeError: .*input2"):
         Scorer(nn.Bilinear(3, 3, 2).double(), X)
 
 

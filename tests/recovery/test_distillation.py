@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastscore
 from fastscore.recovery.distillation import distill
 from fastscore.recovery.distillation_run import Objective
+from fastscore.recovery.held_out import held_out_rows
 from fastscore.recovery.training_batches import HELD_OUT, TrainingBatches
 
 
@@ -204,6 +206,30 @@ def test_no_sample_is_both_trained_on_and_judged_by(batch_size: int) -> None:
             for value in x[:, 0, 0, 0].tolist()} == judged
     first, second = smaller.batches[0], smaller.batches[math.ceil(400 / batch_size)]
     assert first != second  # shuffled anew
+
+
+@pytest.mark.parametrize("count", [3, 5, 16])
+def test_some_of_a_few_samples_judge_too(count: int) -> None:
+    """By chance none of them may be among the one of eight."""
+    few = [images for seed in range(200)
+           if not held_out_rows(images := seeded(partial(torch.randn, count, 3, 2, 2), seed), HELD_OUT).any()
+           and 0 < held_out_rows(images, 2).sum() < count - 1]
+    assert few
+    for images in few[:4]:
+        smaller = Watched(network(1, 8))
+        distill(network(), smaller, DataLoader(TensorDataset(images), count, shuffle=True), steps=2, looks=1, **QUIET)
+        trained, judged = smaller.seen[True], smaller.seen[False]
+        assert trained
+        assert judged
+        assert not trained & judged
+        assert trained | judged == set(images[:, 0, 0, 0].tolist())
+
+
+def test_a_single_sample_is_too_few() -> None:
+    one = next(images for seed in range(200)
+               if not held_out_rows(images := seeded(partial(torch.randn, 1, 3, 2, 2), seed), 2).any())
+    with pytest.raises(ValueError, match="batches: they hold 1 sample, too few for some to be held out"):
+        distill(network(), network(1, 8), [one], steps=2, **QUIET)
 
 
 def test_held_out_samples_of_ones_own() -> None:

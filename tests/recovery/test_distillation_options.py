@@ -79,6 +79,21 @@ def test_feature_maps_of_the_channels_that_are_left() -> None:
     assert float(found) == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
+def test_feature_maps_of_a_module_around_layers_are_refused_with_one_that_works() -> None:
+    model, result = pruned()
+    dense, smaller = (nn.Sequential(network[:8], network[8:]).eval() for network in (model, result.model))
+    removed = {(f"0.{layer}", side): index for (layer, side), index in result.removed_indices.items()}
+    with FeatureMaps(dense, smaller, ["0"], removed) as maps:
+        dense(IMAGES)
+        smaller(IMAGES)
+        with pytest.raises(ValueError, match=r"^features: 0 returns .*: name one of them, such as 0\.\d$") as caught:
+            maps.distance()
+    with FeatureMaps(dense, smaller, [str(caught.value).rsplit(" ", 1)[1]], removed) as maps:
+        dense(IMAGES)
+        smaller(IMAGES)
+        assert 0 < maps.distance() < 10
+
+
 def test_feature_maps_are_learnt_too() -> None:
     distances = []
     for weight in (0.0, 10.0):

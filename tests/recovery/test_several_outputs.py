@@ -143,6 +143,14 @@ def test_outputs_that_are_no_decisions_are_left_out() -> None:
     assert "outputs: ['classes'] by the largest of 10" in str(rows)
 
 
+def test_an_output_that_there_is_not_is_no_fault_of_the_batches() -> None:
+    forward: Any = WAYS["tuple"]
+    model, batches, scores = case(forward)
+    with pytest.raises(ValueError, match=r"^outputs: 'classes' is not among what forward= returns: \[0\], \[1\]"):
+        fastscore.prune(model, scores, batches[0], macs=0.7, forward=forward, calibration=batches, outputs=["classes"],
+                        repair="linear", progress=False)
+
+
 def test_several_outputs_are_distilled_each_by_itself() -> None:
     model, batches, _ = case(WAYS["tuple"])
     smaller = Heads().eval()
@@ -151,6 +159,13 @@ def test_several_outputs_are_distilled_each_by_itself() -> None:
     whole = fastscore.distill(model, smaller, batches, steps=1, looks=1, forward=WAYS["tuple"], progress=False,
                               loss=lambda got, expected: (got - expected).square().mean() * got.shape[1])
     assert whole.steps == 1
+
+
+def test_of_a_branch_that_is_gone_no_head_is_left() -> None:
+    """Its row of whole heads knows of the heads alone that went one by one."""
+    said = [fastscore.pruning.report.GroupReport("q_proj (whole heads)", (192, left), (2, 1), (2, 1), (3, 3)).in_heads
+            for left in (0, 96)]
+    assert said == ["3 → 0 heads of 64 dimensions", "3 → 3 heads, of 64 → 32 dimensions each"]
 
 
 @pytest.mark.parametrize("channels", [[(40, 1), (20, 1)], [(40, 2), (40, 40)]])
