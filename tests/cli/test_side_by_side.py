@@ -1,4 +1,7 @@
-"""Work shared out among processes: its order, its errors, and what is left of the processes."""
+"""Work shared out among processes: its order, its errors, and what is left of the processes.
+
+New processes once, which import PyTorch anew; where it is no matter, forks, which have it.
+"""
 
 import multiprocessing
 import os
@@ -6,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from started import HELPERS
 
 from fastscore.cli import side_by_side
 from fastscore.cli.processes import ProcessLostError
@@ -47,8 +51,15 @@ def _no_process_stays() -> object:
     assert multiprocessing.active_children() == []
 
 
+@pytest.fixture
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(side_by_side.multiprocessing, "get_context", lambda method: fork)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_in_order_and_told_of_progress(processes: int) -> None:
+def test_in_order_and_told_of_progress(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    monkeypatch.syspath_prepend(HELPERS / "without_timm")
     ticks = list[int]()
     found = side_by_side.each(square, range(1, 4), processes, lambda: ticks.append(os.getpid()))
     assert [value for value, _ in found] == [1, 4, 9]
@@ -58,17 +69,20 @@ def test_in_order_and_told_of_progress(processes: int) -> None:
     assert (os.getpid() in workers) == (processes == 1)
 
 
+@pytest.mark.usefixtures("_forked")
 def test_an_error_ends_all_processes() -> None:
     with pytest.raises(ValueError, match="2 is wrong"):
         side_by_side.each(wrong, range(1, 3), 2, lambda: None)
 
 
+@pytest.mark.usefixtures("_forked")
 @pytest.mark.parametrize("number", [1, 2])
 def test_an_error_that_no_pipe_takes_is_told(number: int) -> None:
     with pytest.raises(RuntimeError, match=f"^(OfTwo|ValueError): .*work: {number}"):
         side_by_side.each(wrong_twice, [number, number], 2, lambda: None)
 
 
+@pytest.mark.usefixtures("_forked")
 def test_a_process_that_ends_early() -> None:
     with pytest.raises(ProcessLostError, match="ended early"):
         side_by_side.each(lost, range(1, 3), 2, lambda: None)
