@@ -11,7 +11,7 @@ from fastscore.modules.source import source_of
 
 def with_source(function: FunctionType, code: CodeType, numbers: Mapping[int, int]) -> CodeType:
     """The code, as of a file of its own, where the source of `function` stands with these numbers; as it is where
-    nobody knows that source, or a number stands in it otherwise than at one place of one line.
+    nobody knows that source, or a number does not stand in it, or not in one line.
 
     function: that `code` was made of. numbers: old -> new.
     """
@@ -20,9 +20,9 @@ def with_source(function: FunctionType, code: CodeType, numbers: Mapping[int, in
     lines, places = list(source.lines), []
     for old, new in numbers.items():
         found = list(places_of(source.tree, old))
-        if len(found) != 1 or found[0].lineno != found[0].end_lineno:
+        if not found or any(place.lineno != place.end_lineno for place in found):
             return code
-        places.append((found[0].lineno - 1, found[0].col_offset, found[0].end_col_offset, new))
+        places += [(place.lineno - 1, place.col_offset, place.end_col_offset, new) for place in found]
     for line, begin, end, new in sorted(places, reverse=True):
         text = lines[line].encode()  # in which ast counts
         lines[line] = (text[:begin] + str(new).encode() + text[end:]).decode()

@@ -48,6 +48,7 @@ class Uses:
         self._done = set[tuple[int, Seed]]()
         if written_numbers.MARK in name:
             method = getattr(type(module), name.partition(written_numbers.MARK)[0])
+            self._times = written_numbers.times(module, name)
             self._add(method, ("number", written_numbers.in_source(module, name)))
         else:
             self._add_attribute(attribute)
@@ -62,7 +63,7 @@ class Uses:
             tree, parents = source
             found = list(places_of(tree, seed[1]) if seed[0] == "number" else
                          self._found(function, tree, parents, seed))
-            if seed[0] == "number" and len(found) != 1:
+            if seed[0] == "number" and len(found) != self._times:
                 return where
             nodes: list[tuple[ast.AST, bool]] = [(node, False) for node in found]
             names = set[tuple[str, bool]]()

@@ -25,19 +25,25 @@ class _OtherNumbers(Made):
     _numbers: Mapping[str, int]
 
 
-def of_frame(module: nn.Module, frame: FrameType) -> dict[int, str]:
-    """The numbers that stand at one place each in the code that runs -> their names. None of code that is no method of
-    the module, or of attentions whose code is another one once heads are gone."""
+def of_frame(module: nn.Module, frame: FrameType) -> dict[str, int]:
+    """The names of the numbers that stand in the code that runs -> they. None of code that is no method of the module,
+    or of attentions whose code is another one once heads are gone."""
     kind, code = type(module), frame.f_code
     if _method(_with_code(kind), code.co_name) is not code or own_width.asks(kind) or by_function.is_one(kind):
         return {}
     firsts = {now: name for name, now in _numbers_of(kind).items() if name.startswith(f"{code.co_name}{MARK}")}
-    return {number: firsts.get(number, f"{code.co_name}{MARK}{number}") for number in _once(code)}
+    return {firsts.get(number, f"{code.co_name}{MARK}{number}"): number for number in _read(code)}
 
 
 def number(module: nn.Module, name: str) -> int:
     """What a number of the code of a module is now."""
     return _numbers_of(type(module)).get(name, int(name.partition(MARK)[2]))
+
+
+def times(module: nn.Module, name: str) -> int:
+    """At how many places the code of a module has a number."""
+    code = _method(_with_code(type(module)), name.partition(MARK)[0])
+    return 0 if code is None else _read(code).get(number(module, name), 0)
 
 
 def in_source(module: nn.Module, name: str) -> int:
@@ -61,9 +67,9 @@ def take_off(module: nn.Module, name: str, gone: int) -> None:
     number."""
     kind, method, now = type(module), name.partition(MARK)[0], number(module, name)
     code = _method(_with_code(kind), method)
-    if code is None or now not in _once(code):
-        raise ValueError(f"the code of {kind.__name__}.{method} does not have the number {now} at one place, as that "
-                         "of the model did that was pruned: build the dense model as it was")
+    if code is None or now not in _read(code):
+        raise ValueError(f"the code of {kind.__name__}.{method} does not have the number {now}, as that of the model "
+                         "did that was pruned: build the dense model as it was")
     numbers = sorted({**_numbers_of(kind), name: now - gone}.items())
     narrowed = put_together(taken_apart(_held(kind))[0], (_with, *numbers), *_other_steps(kind))
     module.__class__ = narrowed if _held(kind) is kind else changed(kind.__bases__[0], narrowed)
@@ -97,18 +103,22 @@ def _method(kind: type[nn.Module], name: str) -> CodeType | None:
 
 
 @lru_cache(maxsize=4096)
-def _once(code: CodeType) -> frozenset[int]:
-    """The whole numbers that the code reads at one place each."""
+def _read(code: CodeType) -> Mapping[int, int]:
+    """The whole numbers that the code reads -> at how many places."""
     read = Counter(number for each in dis.get_instructions(code) if each.opcode in dis.hasconst
                    for number in _within(each.argval))
     constant = {number for value in code.co_consts for number in _within(value)}
-    return frozenset(number for number, times in read.items() if times == 1 and number in constant)
+    return {number: times for number, times in read.items() if number in constant}
 
 
 def _within(value: object) -> list[int]:
-    if isinstance(value, tuple):
-        return [number for each in value for number in _within(each)]
+    if isinstance(value, tuple | slice):
+        return [number for each in _parts(value) for number in _within(each)]
     return [value] if type(value) is int else []
+
+
+def _parts(value: tuple[Any, ...] | slice) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value.start, value.stop, value.step)
 
 
 @cache
@@ -130,6 +140,7 @@ def _function(old: FunctionType, numbers: Mapping[int, int]) -> FunctionType:
 
 
 def _replaced(value: Any, numbers: Mapping[int, int]) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_replaced(each, numbers) for each in value)
+    if isinstance(value, tuple | slice):
+        parts = tuple(_replaced(each, numbers) for each in _parts(value))
+        return parts if isinstance(value, tuple) else slice(*parts)
     return numbers.get(value, value) if type(value) is int else value

@@ -200,9 +200,12 @@ def test_a_state_without_gradients_beside_inputs() -> None:
     assert graph.skipped["cell"].startswith("cell is called as well on what no layer makes")
 
 
-@pytest.mark.parametrize("asks", ["written", "global"])
-def test_widths_written_in_the_code(asks: str) -> None:
-    graph = trace(whole_way.noisy(lambda: Written(asks)), _inputs())
+def test_widths_written_in_the_code(tmp_path: Path) -> None:
+    whole_way.check(lambda: Written("written"), _inputs(), ["embed", "cell.i2h", "inner"], tmp_path)
+
+
+def test_widths_that_are_global() -> None:
+    graph = trace(whole_way.noisy(lambda: Written("global")), _inputs())
     assert [group.name for group in graph.groups] == ["embed", "inner"]
     assert graph.skipped["cell.i2h"].startswith("the code of Written makes zeros of 8 channels that meet them")
 

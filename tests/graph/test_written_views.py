@@ -209,11 +209,11 @@ def test_go(way: type[Net], tmp_path: Path) -> None:
     check(way, images(), ["first", "last"], tmp_path)
 
 
-@pytest.mark.parametrize("way", [Global, Twice])
-def test_what_more_than_the_view_may_read_stays(way: type[Net]) -> None:
+@pytest.mark.parametrize(("way", "said"), [(Global, "does not run with fewer channels"), (Twice, "(len(x) < 96)")])
+def test_what_more_than_the_view_may_read_stays(way: type[Net], said: str) -> None:
     scores = fastscore.score(way().double().eval(), [images()], progress=False)
     assert set(scores) == {"first"}
-    assert "does not run with fewer channels" in scores.skipped["last"]
+    assert said in scores.skipped["last"]
 
 
 @pytest.mark.parametrize("way", IN_THE_CODE)
@@ -258,7 +258,7 @@ def test_numbers_that_are_as_large_by_chance_stay(way: type[Net]) -> None:
 
 
 def test_a_file_of_other_code_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Literal\.forward does not have the number 97 at one place"):
+    with pytest.raises(ValueError, match=r"Literal\.forward does not have the number 97"):
         written_numbers.take_off(Literal(), "forward#97", 1)
     with pytest.raises(ValueError, match=r"Kept\.flatten does not have the number 96"):
         written_numbers.take_off(Kept(), "flatten#96", 1)

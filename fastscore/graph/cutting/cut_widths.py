@@ -5,7 +5,7 @@ Which attributes these are is read off the code that runs and their values; that
 else is: by surgery on a copy.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import FrameType
@@ -50,7 +50,8 @@ class Cut:
 
     function: of autograd, for its output; None of zeros. module: whose code it stands in. kept: attributes that this
     code reads -> their numbers. children: those of these attributes that another module has, which the code reads them
-    of -> it. written: numbers that stand in the code itself, or in globals that it reads.
+    of, or a caller of the code -> it. written: numbers that stand in the code itself, or in globals that it reads.
+    named: those of the code that surgery can change -> their names. asked: numbers that the call is made with.
     """
 
     function: Any
@@ -58,7 +59,8 @@ class Cut:
     kept: Mapping[str, int | list[int]]
     children: Mapping[str, nn.Module] = field(default_factory=dict)
     written: frozenset[int] = frozenset()
-    named: Mapping[int, str] = field(default_factory=dict)
+    named: Mapping[str, int] = field(default_factory=dict)
+    asked: frozenset[int] = frozenset()
 
     def keeper(self, width: Width) -> nn.Module:
         """The module that keeps a number."""
@@ -69,8 +71,9 @@ class Cut:
         return self.children.get(name, self.module)
 
     def places(self) -> set[tuple[nn.Module, str]]:
-        """Of all numbers that are kept."""
-        return {(self.keeper_of(name), name) for name in self.kept}
+        """Of all numbers that are kept, and of those that stand in the code and are asked for."""
+        return {(self.keeper_of(name), name) for name in self.kept} | {
+            (self.keeper_of(name), name) for name, number in self.named.items() if number in self.asked - {0, 1}}
 
     def may_be_of_several(self, sizes: Sequence[int]) -> bool:
         """Whether two numbers are kept of a part of a split, which are as large."""
@@ -111,7 +114,7 @@ class Cut:
 
     def all_of_size(self, size: int) -> list[Width]:
         """All that is kept of so many channels."""
-        return [Width(name, 0, size) for name, value in self.kept.items() if value == size]
+        return [Width(name, 0, size) for name in self._names(size)]
 
     def entry_of_size(self, size: int) -> list[Width]:
         """The number of a list that alone is so many channels there."""
@@ -119,7 +122,11 @@ class Cut:
                 if isinstance(value, list) and value.count(size) == 1]
 
     def _named(self, number: int) -> str:
-        return next((name for name, value in self.kept.items() if value == number), "")
+        return next(self._names(number), "")
+
+    def _names(self, number: int) -> Iterator[str]:
+        yield from (name for name, value in self.kept.items() if value == number)
+        yield from (name for name, value in self.named.items() if value == number and number in self.asked)
 
 
 @dataclass(frozen=True)
@@ -142,9 +149,9 @@ class View:
         for module, width in self.kept.get(dim, ()):
             if size != channels or not _has_widths(module):
                 yield module, width
-        name = self.code.named.get(size) if self.code is not None and size > channels else None
-        if name is not None and self.code is not None:
-            yield self.code.module, Width(name, 0, size)
+        for name, number in self.code.named.items() if self.code is not None and size > channels else ():
+            if number == size and self.code is not None:
+                yield self.code.module, Width(name, 0, size)
 
     def factors(self, dim: int, channels: int) -> list[tuple[nn.Module, str]]:
         """The places of numbers that the size of such a dimension may be a product of."""
@@ -153,14 +160,14 @@ class View:
             return []
         kept = [name for name, value in self.code.kept.items()
                 if isinstance(value, int) and _may_count(value, channels)]
-        written = [name for number, name in self.code.named.items() if _may_count(number, channels)]
+        written = [name for name, number in self.code.named.items() if _may_count(number, channels)]
         return [*((self.code.keeper(Width(name, 0, size)), name) for name in kept),
                 *((self.code.module, name) for name in written)]
 
     def places(self) -> set[tuple[nn.Module, str]]:
         """Of numbers of the code that its sizes may be, or be products of."""
         named = {} if self.code is None else self.code.named
-        return {(self.code.module, named[number]) for size in self.asked.values() for number in named
+        return {(self.code.module, name) for size in self.asked.values() for name, number in named.items()
                 if self.code is not None and number > 1 and size % number == 0}
 
 
@@ -185,8 +192,9 @@ def view_of(output: Tensor, asked: tuple[int, Sequence[int]], cut: Cut | None) -
                 {at: size for at, size in enumerate(sizes, first) if size > 1})
 
 
-def cut_of(function: Any) -> Cut | None:
-    """The split or slice, or the making of zeros, that has just run, called by whatever has called this."""
+def cut_of(function: Any, asked: Iterable[int] = ()) -> Cut | None:
+    """The split or slice, or the making of zeros, that has just run, called by whatever has called this. asked: the
+    numbers that it was called with."""
     found = _calling_frame()
     if found is None:
         return None
@@ -199,8 +207,18 @@ def cut_of(function: Any) -> Cut | None:
                 if child is not None and not child._parameters  # a layer's own widths follow by themselves
                 for name in names if name not in kept and type(vars(child).get(name)) is int}
     known = (*frame.f_code.co_consts, *map(frame.f_globals.get, names))
-    return Cut(function, owner, kept | {name: vars(child)[name] for name, child in children.items()}, children,
-               frozenset(number for number in known if type(number) is int), written_numbers.of_frame(owner, frame))
+    kept |= {name: vars(child)[name] for name, child in children.items()}
+    named, asked = written_numbers.of_frame(owner, frame), frozenset(asked)
+    for module, caller in _callers(frame) if asked else ():  # which may hand the number on
+        of_caller = {name: vars(module).get(name) for name in caller.f_code.co_names}
+        more: dict[str, int | list[int]] = {name: number for name, number in of_caller.items()
+                                            if type(number) is int and name not in kept}
+        written = {name: number for name, number in written_numbers.of_frame(module, caller).items()
+                   if name not in named}
+        kept, named = kept | more, named | written
+        children |= dict.fromkeys((*more, *written), module) if module is not owner else {}
+    return Cut(function, owner, kept, children, frozenset(number for number in known if type(number) is int), named,
+               asked)
 
 
 def calling_module() -> nn.Module | None:
@@ -219,6 +237,15 @@ def _calling_frame() -> tuple[nn.Module, FrameType] | None:
     """The innermost module whose code runs, and where."""
     return next(((module, frame) for frame in frames.outwards()
                  if isinstance(module := frames.owner(frame), nn.Module)), None)
+
+
+def _callers(frame: FrameType) -> Iterator[tuple[nn.Module, FrameType]]:
+    """The modules whose methods call a method, and where, outwards as far as no module is called as such."""
+    outer = frame.f_back
+    while outer is not None and frames.called(outer) is None:
+        if isinstance(module := frames.owner(outer), nn.Module):
+            yield module, outer
+        outer = outer.f_back
 
 
 def narrow(module: nn.Module, attribute: str, gone: int) -> None:

@@ -4,6 +4,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -42,6 +43,24 @@ class AskedSizes:
     def holds(self, module: nn.Module, width: Width) -> bool:
         """Whether a number is one that a view, cut or zeros are made with: others may be as large by chance."""
         return (module, width.name) in self._noted.places
+
+    def width_of(self, code: Cut, shape: tuple[int, ...], dim: int) -> Width | None:
+        """The number that is the width of zeros of that shape along a dimension; None where none is known to be, or one
+        that stands in the code is that of another dimension, too."""
+        code = self.with_known(code)
+        found, known = code.all_of_size(shape[dim]), self._noted.zeros.get(shape, ()) if code.named else ()
+        by = {place for sizes in known for place, slope in sizes[dim].items() if slope == 1}
+        width = next((width for width in found if (code.keeper(width), width.name) in by and (  # layers follow anyway
+            written_numbers.MARK in width.name or code.keeper(width) is code.module)), code.of_size(shape[dim]))
+        twice = width is not None and written_numbers.MARK in width.name and any(
+            sum((code.keeper(width), width.name) in slopes for slopes in sizes) > 1 for sizes in known)
+        return None if twice else width
+
+    def with_known(self, cut: Cut) -> Cut:
+        """A cut, or zeros, of which no other numbers that stand in the code are known than what it was asked for with:
+        others may be as large by chance."""
+        return replace(cut, named={name: number for name, number in cut.named.items()
+                                   if (number, (cut.keeper_of(name), name)) in self._noted.alone})
 
     def of_views(self, module: nn.Module, width: Width) -> bool:
         """Whether a number is one that so large a size of a view is made of."""
@@ -84,6 +103,8 @@ class _Noted(TorchFunctionMode):
         self.places = set[Place]()
         self.splits = set[tuple[tuple[int, ...], tuple[Place, ...] | None]]()  # sizes, and where each is from alone
         self.sizes = defaultdict[int, list[Mapping[Place, Fraction]]](list)  # of views -> slopes, as Marked has them
+        self.zeros = defaultdict[tuple[int, ...], list[list[Mapping[Place, Fraction]]]](list)  # shape -> the same
+        self.alone = set[tuple[int, Place]]()  # numbers that cuts and zeros are asked for with, as they are at a place
         self.lines = set[Line]()
         self.codes = set[Any]()
 
@@ -97,7 +118,11 @@ class _Noted(TorchFunctionMode):
         if numbers:
             for number in numbers if of_size else ():
                 self.places |= number.slopes.keys()
+                self.alone |= {(int(number), place) for place, slope in number.slopes.items()
+                               if slope == len(number.slopes) == 1 and func not in VIEWS}
                 self.sizes[int(number)] += [number.slopes] if func in VIEWS else []
+            if func in ZEROS and len(sizes := _sizes((args, *kwargs.values()))) == output.dim():
+                self.zeros[tuple(output.shape)].append([getattr(size, "slopes", {}) for size in sizes])
             for parts in (*args[1:], *kwargs.values()) if func in SPLITS else ():
                 if isinstance(parts, tuple | list):
                     self.splits.add((tuple(map(int, parts)), _places(parts)))
@@ -126,6 +151,13 @@ def _marked(given: Any) -> Iterator[Marked]:
     parts = (given.start, given.stop) if isinstance(given, slice) else given
     for part in parts if isinstance(parts, tuple | list) else ():
         yield from _marked(part)
+
+
+def _sizes(given: Any) -> list[int]:
+    """The numbers that a function is given, in their order."""
+    if isinstance(given, int):
+        return [] if isinstance(given, bool) else [given]
+    return [size for each in given for size in _sizes(each)] if isinstance(given, tuple | list) else []
 
 
 def _places(parts: Sequence[int]) -> tuple[Place, ...] | None:

@@ -51,7 +51,8 @@ class Cuts:
         return [] if cut is None else [(cut.keeper(width), width) for width in self._widths(node) or ()]
 
     def _noted(self, node: Any) -> Cut | None:
-        return next((cut for cut in self.calls.cuts if cut.function is node.grad_fn), None)
+        cut = next((cut for cut in self.calls.cuts if cut.function is node.grad_fn), None)
+        return cut if cut is None or cut.asked.isdisjoint(cut.named.values()) else self.asked().with_known(cut)
 
     def _widths(self, node: Any) -> list[Width] | None:
         """What modules keep of the places of a split, or slice, along the channels; None where that is nothing."""

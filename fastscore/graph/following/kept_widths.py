@@ -56,8 +56,8 @@ def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray], unit: T
     hangs on is for something else, too; None where neither is so."""
     for (node, function), at in positions.items():
         makers = {maker for maker, _ in _tables(graph, node)}
-        for code, size, _ in _zeros_at(graph, node, function):
-            if code.module not in makers and code.of_size(size) is None:
+        for code, size, width, _ in _zeros_at(graph, node, function):
+            if code.module not in makers and width is None:
                 whose, way_out = ("a number that is written there", "let a module keep it (self.hidden), or take it "
                                   "from a layer") if size in code.written else (
                     "a number that it computes", "make them by torch.zeros_like, or let a module keep it")
@@ -89,27 +89,28 @@ def _of_cuts(graph: Any, node: Any, function: Any, at: np.ndarray, unit: Tensor)
 
 
 def _of_zeros(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
-    for code, size, begin in _zeros_at(graph, node, function):
-        if (width := code.of_size(size)) is not None:
+    for code, size, width, begin in _zeros_at(graph, node, function):
+        if width is not None:
             yield code.keeper(width), Width(width.attribute, begin, begin + size)
 
 
-def _zeros_at(graph: Any, node: Any, function: Any) -> Iterator[tuple[Cut, int, int]]:
-    """(code that made zeros, their width, where they begin) for those that a node reads, or makes something of: the
-    state that a recurrent module is given, or one of a cell that is written by hand."""
+def _zeros_at(graph: Any, node: Any, function: Any) -> Iterator[tuple[Cut, int, Width | None, int]]:
+    """(code that made zeros, their width, the number that it is if any, where they begin) for those that a node reads,
+    or makes something of: the state that a recurrent module is given, or one of a cell that is written by hand."""
     reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
     if reads and (recurrent.reads_state(node.module) or recurrent.projects(node.module)):
         for zeros in graph._given.get(node.module.owner, ()):
             if zeros.shape[-1] == node.module.in_features and (code := graph.calls.zeros_of(zeros)) is not None:
-                yield code, zeros.shape[-1], 0
+                yield code, zeros.shape[-1], graph.asked().width_of(code, tuple(zeros.shape), -1), 0
     for met in graph.calls.met.get(node.module, ()) if reads else ():
         if met.shape:  # a single zero has no channels
             at = channel_dim(node.module) % len(met.shape)
-            yield met.code, met.shape[at], met.begin if met.dim == at else 0
+            yield met.code, met.shape[at], graph.asked().width_of(met.code, met.shape, at), (
+                met.begin if met.dim == at else 0)
     for met in graph.calls.met.get(node.grad_fn, ()) if node in graph._dims and node.type not in PRODUCERS else ():
         at, joined = graph._dims[node] - len(shape(node)), met.dim == graph._dims[node]
         if -at <= len(met.shape) and (joined or met.shape[at] == shape(node)[at]):
-            yield met.code, met.shape[at], met.begin if joined else 0
+            yield met.code, met.shape[at], graph.asked().width_of(met.code, met.shape, at), met.begin if joined else 0
 
 
 def _tables(graph: Any, node: Any) -> Iterator[tuple[nn.Module, str]]:

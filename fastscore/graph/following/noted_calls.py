@@ -164,7 +164,8 @@ class NotedCalls(TorchFunctionMode):
             self._like[id(output)] = output, args[0]
         self._note_unused(output)
         part = output[0] if func in SPLITS and output else output if func in SLICES else None
-        if part is not None and part.grad_fn is not None and (cut := cut_of(part.grad_fn)) is not None:
+        if part is not None and part.grad_fn is not None and (
+                cut := cut_of(part.grad_fn, _numbers((*args[1:], *kwargs.values())))) is not None:
             self.cuts.append(cut)
         if func in VIEWS and output.grad_fn is not None:
             self._views[output.grad_fn] = view_of(output, _asked(args, kwargs), cut_of(output.grad_fn))
@@ -218,7 +219,7 @@ class NotedCalls(TorchFunctionMode):
 
         joined: of a concatenation, of what, and along which dimension."""
         if func in ZEROS:
-            if output.is_floating_point() and (code := cut_of(None)) is not None:
+            if output.is_floating_point() and (code := cut_of(None, output.shape)) is not None:
                 self._zeros.setdefault(_memory(output), (output, code))
             return
         taken = list(tensors_of(args)) if joined is None else joined[0]
@@ -238,6 +239,15 @@ class NotedCalls(TorchFunctionMode):
         """What is zeros of what an operation takes: all, or where what was joined to make it was zeros."""
         shape, parts = self._parts.get(_memory(x), (None, []))
         return parts.copy() if shape == x.shape else [MetZeros(tuple(x.shape), code)]
+
+
+def _numbers(given: Any) -> Iterator[int]:
+    """The whole numbers that a function is called with."""
+    if type(given) is int:
+        yield given
+    parts = (given.start, given.stop) if isinstance(given, slice) else given
+    for part in parts if isinstance(parts, tuple | list) else ():
+        yield from _numbers(part)
 
 
 def _joined(tensors: Sequence[Tensor], at: int, dim: int, code: Cut) -> MetZeros:
