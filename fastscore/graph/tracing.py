@@ -106,8 +106,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
     written = check_first_run(model, example_inputs, forward)
     computed_in_run.note(model, forward, example_inputs, samples)
     eval_model = evaluation_copy(model)
-    for parameter in eval_model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
+    own_tensors.require_gradients(eval_model)
     own_tensors.randomize_constants(eval_model)
 
     def run(model: nn.Module, batch: Batch = example_inputs) -> list[Tensor]:

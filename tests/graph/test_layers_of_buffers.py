@@ -55,3 +55,27 @@ def test_what_a_repair_changes_stays_a_buffer(repair: Literal["mean", "linear", 
                if small.get_buffer(name).shape != model.get_buffer(name).shape
                or not torch.equal(small.get_buffer(name), model.get_buffer(name))]
     assert changed
+
+
+@pytest.mark.parametrize("layers", [("first",), ("first", "norm", "conv", "inner", "head")])
+def test_layers_whose_inputs_need_no_gradients(layers: tuple[str, ...]) -> None:
+    """Of the first layer, or all, both are buffers: what it makes of a batch has no gradient of its own."""
+    def scored(model: nn.Module) -> fastscore.Scores:
+        return fastscore.score(model, [x], gradient="loss", normalize=False,
+                               loss=lambda output, batch: output.square().sum())
+
+    x = torch.randn(6, 3, 5, 5, dtype=torch.float64)
+    model = randomize(Untrained()).double().eval()
+    expected = scored(model)
+    for layer in map(model.get_submodule, layers):
+        for name in list(layer._parameters):
+            layer.register_buffer(name, layer._parameters.pop(name).detach())
+    scores = scored(model)
+    assert set(scores) == set(expected) == {"first", "conv", "inner"}
+    for name, values in scores.items():
+        torch.testing.assert_close(values, expected[name])
+    small = fastscore.prune(model, scores, x[:1], channels=0.5, compensate=False).model
+    assert (small.first.out_channels, small.inner.in_features) < (8, 6)
+    assert all(not buffer.requires_grad for buffer in (*model.buffers(), *small.buffers()))
+    with torch.no_grad(), fastscore.mask(model, scores, 0.5, x[:1], compensate=False):
+        torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)

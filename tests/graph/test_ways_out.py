@@ -49,7 +49,8 @@ NORMS: dict[str, tuple[type[Between], Callable[[Tensor], Tensor], Callable[[], n
         "an operation runs over all its channels (MeanBackward1): "),
     "normalize": (Between, lambda x: F.normalize(x, dim=-1), Normalize,
                   "an operation runs over all its channels (LinalgVectorNormBackward0): "),
-    "group_norm": (Image, lambda x: F.group_norm(x, 2), lambda: nn.GroupNorm(2, 6), "F.group_norm runs over"),
+    "group_norm": (Image, lambda x: F.group_norm(x, 2), lambda: nn.GroupNorm(2, 6),
+                   "F.group_norm runs over groups of its channels: "),
 }
 
 

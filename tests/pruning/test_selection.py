@@ -193,3 +193,13 @@ def test_a_budget_that_everything_already_meets_removes_nothing() -> None:
     result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=1.0, params=1.0, macs=1.0)
     assert not result.removed
     assert torch.equal(result.model(x), model(x))
+
+
+def test_scores_of_what_a_model_holds() -> None:
+    """The error says where that is."""
+    inner, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 4)
+    scores = fastscore.score(inner, [x], progress=False)
+    averaged = torch.optim.swa_utils.AveragedModel(inner)
+    with pytest.raises(ValueError, match=r"another model, .* layer 0; .*: give its \.module, or score"):
+        fastscore.prune(averaged, scores, x, channels=0.5)
+    assert fastscore.prune(averaged.module, scores, x, channels=0.5).model[0].out_features == 4

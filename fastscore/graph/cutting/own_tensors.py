@@ -15,6 +15,8 @@ from fastscore.modules.narrower import without
 from fastscore.modules.returned_part import Table
 from fastscore.modules.weights.parameter_layers import ParameterLayer
 
+_LAYERS = {OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV, OPTYPE.LINEAR, OPTYPE.EMBED}
+
 
 def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
     """Take `index` (int64) of dimension `dim` out of the parameter, buffer or other tensor of that qualified name, in
@@ -43,6 +45,18 @@ def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
 def _is_shape(value: tuple[object, ...], width: int) -> bool:
     """Whether it is one by which a vector of that width meets channels: all other sizes are 1."""
     return width > 1 and value.count(width) == 1 and value.count(1) == len(value) - 1
+
+
+def require_gradients(model: nn.Module) -> None:
+    """Have all parameters of a copy that is traced require gradients, and the buffers of layers that have no parameter:
+    the tracer follows grad_fn, which what such a layer makes of a batch would not have."""
+    for module in model.modules():
+        own: tuple[Tensor | None, ...] = tuple(module._parameters.values())
+        if not any(tensor is not None for tensor in own) and type_of(module) in _LAYERS:
+            own = tuple(module._buffers.values())
+        for tensor in own:
+            if tensor is not None:
+                tensor.requires_grad_(tensor.is_floating_point())
 
 
 def randomize_constants(model: nn.Module) -> None:

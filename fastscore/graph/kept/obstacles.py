@@ -15,8 +15,9 @@ from fastscore.modules.norms import channel_norms
 
 CUT = "its channels are cut at positions that the model's code fixes"
 DIVIDED = "a view divides its channels over several dimensions"
-_WAY_OUT = ("a normalisation is followed where a module does it, and then at most activations (nn.LayerNorm, or one of "
-            "your own, with no parameters but a weight and a bias for each channel)")
+_FOLLOWED = "a normalisation is followed where a module does it"
+_WAY_OUT = (f"{_FOLLOWED}, and then at most activations (nn.LayerNorm, or one of your own, with no parameters but a "
+            "weight and a bias for each channel)")
 # operations of PyTorch's functions -> these
 _FUNCTIONS = {"NativeLayerNorm": "F.layer_norm", "NativeGroupNorm": "F.group_norm", "FusedRmsNorm": "F.rms_norm"}
 SEVERAL = ", the forward of whose class returns several things"
@@ -99,7 +100,10 @@ def _why_over_all(node: Any) -> str:
     name: str = node.grad_fn.name()
     function = next((function for kind, function in _FUNCTIONS.items() if name.startswith(kind)), None)
     if function is not None:
-        return f"{function} runs over all its channels: {_WAY_OUT}"
+        several = getattr(node.grad_fn, "_saved_group", 1) > 1
+        over, way_out = ("groups of its channels", f"{_FOLLOWED} (nn.GroupNorm)") if several else (
+            "all its channels", _WAY_OUT)
+        return f"{function} runs over {over}: {way_out}"
     squares = any(source.grad_fn.name().startswith("Pow") for source in node.inputs if hasattr(source.grad_fn, "name"))
     centres = name.startswith(("Mean", "Std", "Var")) and any(  # x - x.mean(), x / x.std()
         onward.grad_fn.name().startswith(("Sub", "Div")) and not set(onward.inputs).isdisjoint(node.inputs)

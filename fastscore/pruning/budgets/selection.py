@@ -73,8 +73,12 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
             raise ValueError(f"scores: they know channels of {layer}, which cannot go from this model on these "
                              f"example_inputs: {graph.skipped[layer]}")
         if layer not in widths:
+            parts = (name[:-len(layer) - 1] for name in widths if name.endswith(f".{layer}"))
+            within = next((part for part in parts if all(
+                widths.get(f"{part}.{name}") == len(values) for name, values in scores.items())), "")
+            way_out = f"give its .{within}, or score this model" if within else "score this model"
             raise ValueError(f"scores: they belong to another model, which has a prunable layer {layer}; this one has "
-                             "none of that name: score this model")
+                             f"none of that name: {way_out}")
         if len(scores[layer]) != widths[layer]:
             raise ValueError(f"scores: {layer} has {counted(widths[layer], 'channel')} and the scores know "
                              f"{len(scores[layer])}; the model was changed since (pruned?): score it again")
