@@ -140,6 +140,7 @@ def shape(node: Any, onward: Any = None) -> tuple[int, ...]:
 
 
 def slice_of(function: Any, size: int) -> index_maps.SliceMap:
-    begin, end = (bound + size if bound < 0 else min(bound, size) for bound in
-                  (function._saved_start, function._saved_end))
+    """Of a slice along a dimension of that size; code of torch.jit leaves out a bound that is that of the whole."""
+    begin, end = (whole if bound is None else bound + size if bound < 0 else min(bound, size) for bound, whole in
+                  ((function._saved_start, 0), (function._saved_end, size)))
     return index_maps.SliceMap(begin, end, function._saved_step)
