@@ -194,9 +194,10 @@ class Scorer:
             raise RuntimeError(_MIXED.format(passes="every forward pass is"))
         if not self._totals.samples and not self.left_out:
             raise RuntimeError("no backward pass has been measured: inside `with scorer:`, run the model and call "
-                               "loss.backward() with a loss of its output (or scorer.probe(output) with "
-                               "gradient='random'). Hooks set on a model that torch.compile has already run are not "
-                               "seen: attach the scorer first")
+                               "loss.backward(), with a loss of its output and not under torch.no_grad() (or "
+                               "scorer.probe(output) with gradient='random'); torch.autograd.grad is not seen. "
+                               "Hooks set on a model that torch.compile has already run are not seen: attach the "
+                               "scorer first")
         scores = self._totals.scores()
         if self._totals.together and not self._told:
             self._told = True

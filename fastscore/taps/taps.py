@@ -343,7 +343,8 @@ def _never_seen(layer: str) -> Callable[[Tensor], None]:
     def check(gradient: Tensor) -> None:
         raise RuntimeError(f"{layer}: a backward pass reached its weight, but the forward pass went past its tap. "
                            "Attach the scorer before the forward pass, and to a model that torch.compile has made "
-                           "before that first runs (afterwards, torch.compiler.reset() makes it look for hooks again); "
+                           "before that, or another of its class, first runs (afterwards, torch.compiler.reset() makes "
+                           "it look for hooks again); "
                            "and call the model itself, not its parts")
 
     return check
