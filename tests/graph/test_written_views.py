@@ -262,3 +262,29 @@ def test_a_file_of_other_code_is_refused() -> None:
         written_numbers.take_off(Literal(), "forward#97", 1)
     with pytest.raises(ValueError, match=r"Kept\.flatten does not have the number 96"):
         written_numbers.take_off(Kept(), "flatten#96", 1)
+
+
+class Points(nn.Module):
+    """PointNet's: the greatest of each channel over all points, and a view of as many numbers as there are channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.classifier = nn.Conv1d(3, 5, 1), nn.Conv1d(5, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.max(self.last(self.first(x).tanh()), 2, keepdim=True)[0]
+        return self.classifier(x.view(-1, 6))
+
+
+class Square(Points):
+    """A number is that of channels, and of positions beside them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.last(self.first(x).tanh()).reshape(-1, 6, 6).mean(2))
+
+
+def test_as_many_as_there_are_channels(tmp_path: Path) -> None:
+    x = torch.randn(3, 3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert check(Points, x, ["first", "last"], tmp_path).model.classifier.in_features == 3
+    scores = fastscore.score(noisy(Square), [x[..., :6]], progress=False)
+    assert set(scores) == {"first"}

@@ -143,15 +143,16 @@ class View:
     asked: Mapping[int, int] = field(default_factory=dict)
 
     def widths(self, dim: int, channels: int) -> Iterator[tuple[nn.Module, Width]]:
-        """What the size may be of a dimension that `channels` come to lie along: numbers that modules keep, or, where
-        several positions of each are joined, one that stands in its code."""
+        """What the size may be of a dimension that `channels` come to lie along: numbers that modules keep, or one that
+        stands in its code."""
         size = self.asked.get(dim, 0)
         for module, width in self.kept.get(dim, ()):
             if size != channels or not _has_widths(module):
                 yield module, width
-        for name, number in self.code.named.items() if self.code is not None and size > channels else ():
-            if number == size and self.code is not None:
-                yield self.code.module, Width(name, 0, size)
+        if self.code is not None and (size > channels or (size == channels and not _has_widths(self.code.module))):
+            for name, number in self.code.named.items():
+                if number == size:
+                    yield self.code.module, Width(name, 0, size)
 
     def factors(self, dim: int, channels: int) -> list[tuple[nn.Module, str]]:
         """The places of numbers that the size of such a dimension may be a product of."""
