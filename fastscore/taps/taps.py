@@ -28,6 +28,7 @@ from fastscore.taps.gates import ExpertGate, FusedTap, Gate, NormGate, TapPoint
 from fastscore.taps.measures import Measure
 from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped, pass_of
 from fastscore.taps.rows import Rows
+from fastscore.taps.unseen import check_in_place, never_seen
 
 
 class Taps:
@@ -64,6 +65,7 @@ class Taps:
         self._unseen: dict[str, RemovableHandle] = {}  # layers whose taps have not run -> what says so
         self._handles: list[RemovableHandle | Handle] = []
         self._owners: dict[str, nn.Module] = {}  # of every tap; while a forward runs, some go by their name as tensors
+        self._placed: dict[str, nn.Module] = {}  # the same, by their own names
 
     def attach(self) -> None:
         """Set the hooks. Raises RuntimeError when they are set already."""
@@ -75,6 +77,7 @@ class Taps:
                           self.model.register_forward_hook(self._hook(self._end))]
         self._handles += multihead_attention.replace_attention(self.model, layers)
         self._owners = {layer: self.model.get_submodule(point.owner(layer)) for layer, point in self.points.items()}
+        self._placed = {point.owner(layer): self._owners[layer] for layer, point in self.points.items()}
         for layer, point in self.points.items():
             module = self.model.get_submodule(point.module or layer)
             self._handles.append(
@@ -82,7 +85,7 @@ class Taps:
                 else module.register_forward_pre_hook(self._tap_input(module, layer, point), with_kwargs=True))
         if self._on_pass is not None:
             self._handles += [weight.register_hook(self._receive_weight(name)) for name, weight in self.weights.items()]
-            self._unseen = {layer: weight.register_hook(_never_seen(layer)) for layer, point in self.points.items()
+            self._unseen = {layer: weight.register_hook(never_seen(layer)) for layer, point in self.points.items()
                             if isinstance(weight := getattr(self._owners[layer], "weight", None), nn.Parameter)
                             and weight.requires_grad}
 
@@ -204,6 +207,8 @@ class Taps:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self.model or not torch.is_grad_enabled():
             return
+        if not self._traceable:
+            check_in_place(self.model, self._placed)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError("the model runs under a transform of torch.func (grad, vmap, jvp), where taps see no "
                                "gradients of samples: call it on the whole batch and loss.backward(), or detach() the "
@@ -336,15 +341,3 @@ class Taps:
         if self._on_pass is not None:
             self._backward.watch_outputs(done, self._outputs(returned, type(module).__name__),
                                          lambda: self._propagating)
-
-
-def _never_seen(layer: str) -> Callable[[Tensor], None]:
-    """For the weight of a layer whose tap has not run."""
-    def check(gradient: Tensor) -> None:
-        raise RuntimeError(f"{layer}: a backward pass reached its weight, but the forward pass went past its tap. "
-                           "Attach the scorer before the forward pass, and to a model that torch.compile has made "
-                           "before that, or another of its class, first runs (afterwards, torch.compiler.reset() makes "
-                           "it look for hooks again); "
-                           "and call the model itself, not its parts")
-
-    return check

@@ -1,6 +1,7 @@
 """A scorer used wrongly says so, and counts nothing that was not measured whole."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -120,3 +121,24 @@ def test_an_exception_in_the_backward_pass_leaves_no_half_measured_pass() -> Non
     handle.remove()
     with pytest.raises(RuntimeError, match="no backward pass has been measured"):
         scorer.scores()
+
+
+@pytest.mark.parametrize("gradient", ["loss", "random"])
+def test_a_layer_that_is_replaced_meanwhile_is_named(gradient: Literal["loss", "random"]) -> None:
+    """Its taps would have seen some of the samples that are counted."""
+    model, x = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, 3)), torch.randn(5, 4)
+    scorer = Scorer(model, x, gradient=gradient)
+
+    def measure() -> None:
+        output = model(x)
+        if gradient == "random":
+            scorer.probe(output)
+        output.square().sum().backward()
+
+    with scorer:
+        measure()
+        model[1] = nn.Linear(6, 3)
+        with pytest.raises(RuntimeError, match=r"^1: it was replaced since the scorer was attached"):
+            measure()
+    assert scorer.scores().samples == 5
+    model(x).sum().backward()
