@@ -18,7 +18,7 @@ LATENT, TURNED, MORE = 5, 4, 3
 
 
 class Net(nn.Module):
-    """A latent, which a layer reads, and a part that is turned by places as rotary embeddings turn it."""
+    """A latent, which a layer reads, and a part of which each channel is needed for the next."""
 
     normalized = False
 
@@ -33,10 +33,12 @@ class Net(nn.Module):
         latent, turned = x.split([self.latent, self.turned], -1)
         return latent, turned
 
+    def turn(self, turned: Tensor) -> Tensor:
+        return turned.cumsum(-1)
+
     def forward(self, x: Tensor) -> Tensor:
         latent, turned = self.split(self.down(x))
-        turned = torch.cat([-turned[..., 2:], turned[..., :2]], -1)
-        return self.last(torch.cat([self.up(self.norm(latent)).relu(), turned], -1))
+        return self.last(torch.cat([self.up(self.norm(latent)).relu(), self.turn(turned)], -1))
 
 
 class Normalized(Net):
@@ -79,11 +81,18 @@ class OnBothSides(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         latent, turned, more = self.down(x).split([self.latent, self.turned, self.more], -1)
-        turned = torch.cat([-turned[..., 2:], turned[..., :2]], -1)
-        return self.last(torch.cat([self.up(latent).relu() + self.other(more).relu(), turned], -1))
+        return self.last(torch.cat([self.up(latent).relu() + self.other(more).relu(), turned.cumsum(-1)], -1))
 
 
-@pytest.mark.parametrize("kind", [Net, Normalized, Sliced, OfList, OfConfig, Behind, OnBothSides])
+class Fixed(Net):
+    """At numbers that stand in the code."""
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        latent, turned = x.split([5, 4], -1)
+        return latent, turned
+
+
+@pytest.mark.parametrize("kind", [Net, Normalized, Sliced, OfList, OfConfig, Behind, OnBothSides, Fixed])
 def test_the_part_goes_that_nothing_keeps(kind: type[Any], tmp_path: Path) -> None:
     outputs = kind().down.out_features
     check(kind, X, ["down", "up"], tmp_path)
@@ -93,12 +102,36 @@ def test_the_part_goes_that_nothing_keeps(kind: type[Any], tmp_path: Path) -> No
     assert made.index.tolist() == [*range(begin), *range(begin + TURNED, outputs)]
 
 
-class Fixed(Net):
-    """At a number that no module keeps."""
+class Halves(Net):
+    """A part of which the code has two parts."""
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        latent, turned = x.split([5, 4], -1)
-        return latent, turned
+    def turn(self, turned: Tensor) -> Tensor:
+        return torch.cat([-turned[..., 2:], turned[..., :2]], -1)
+
+
+class HalvesOfSlices(Sliced, Halves):
+    """The same, of slices."""
+
+
+class HalvesKept(Halves):
+    """At a number that the module keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.half = 2
+
+    def turn(self, turned: Tensor) -> Tensor:
+        return torch.cat([-turned[..., self.half:], turned[..., :self.half]], -1)
+
+
+@pytest.mark.parametrize("kind", [Halves, HalvesOfSlices, HalvesKept])
+def test_parts_of_parts(kind: type[Net], tmp_path: Path) -> None:
+    """Where they begin is counted from where the part does."""
+    check(kind, X, ["down", "up"], tmp_path)
+    group = next(group for group in trace(noisy(kind), X).groups if group.name == "down")
+    assert group.channels == LATENT + TURNED
+    half = next(member for member in group.role("width") if member.attribute in ("half", "turn#2"))
+    assert half.channel.tolist() == [LATENT, LATENT + 1]
 
 
 class Both(Net):
@@ -116,7 +149,7 @@ class Summed(Net):
         return latent.softmax(-1), turned
 
 
-@pytest.mark.parametrize("kind", [Fixed, Both, Summed])
+@pytest.mark.parametrize("kind", [Both, Summed])
 def test_what_is_kept_in_all_its_parts_stays(kind: Callable[[], nn.Module]) -> None:
     graph = trace(noisy(kind), X)
     assert [group.name for group in graph.groups] == ["up"]

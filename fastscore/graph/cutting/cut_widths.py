@@ -73,7 +73,7 @@ class Cut:
     def places(self) -> set[tuple[nn.Module, str]]:
         """Of all numbers that are kept, and of those that stand in the code and are asked for."""
         return {(self.keeper_of(name), name) for name in self.kept} | {
-            (self.keeper_of(name), name) for name, number in self.named.items() if number in self.asked - {0, 1}}
+            (self.keeper_of(name), name) for name, number in self.named.items() if number in self.asked}
 
     def may_be_of_several(self, sizes: Sequence[int]) -> bool:
         """Whether two numbers are kept of a part of a split, which are as large."""
@@ -209,7 +209,7 @@ def cut_of(function: Any, asked: Iterable[int] = ()) -> Cut | None:
                 for name in names if name not in kept and type(vars(child).get(name)) is int}
     known = (*frame.f_code.co_consts, *map(frame.f_globals.get, names))
     kept |= {name: vars(child)[name] for name, child in children.items()}
-    named, asked = written_numbers.of_frame(owner, frame), frozenset(asked)
+    named, asked = written_numbers.of_frame(owner, frame), frozenset(number for number in asked if number > 1)
     for module, caller in _callers(frame) if asked else ():  # which may hand the number on
         of_caller = {name: vars(module).get(name) for name in caller.f_code.co_names}
         more: dict[str, int | list[int]] = {name: number for name, number in of_caller.items()

@@ -96,15 +96,26 @@ class Cuts:
     def _chunked(self, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Iterator[tuple[Any, int, np.ndarray]]:
         """Each split or slice into equal parts, their width, and the positions in the whole."""
         for (node, function), at in positions.items():
-            for cut in self._cuts_of(node, function):
+            for cut, within in self._cuts_of(node, function, at):
                 if (width := self._chunk(cut)) is not None:
-                    yield cut, width, at
+                    yield cut, width, within
 
-    def _cuts_of(self, node: Any, function: Any) -> Iterator[Any]:
-        """The splits and slices of what lies at a node: of the whole, where positions are those in it."""
+    def _cuts_of(self, node: Any, function: Any, at: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+        """The splits and slices of what lies at a node, and the positions in what each of them cuts: of the whole,
+        where positions are those in it."""
         if node.type not in LAYERS or function.__name__ != "prune_in_channels":
-            yield from (cut for cut in (node, *node.outputs)
+            yield from ((cut, at if cut is node else self._in_part(node, cut, at)) for cut in (node, *node.outputs)
                         if cut.type == (OPTYPE.SPLIT if cut is node else OPTYPE.SLICE))
+
+    def _in_part(self, node: Any, onward: Any, at: np.ndarray) -> np.ndarray:
+        """Positions at a node in the part of it that the next one reads: those of a split are in what it splits."""
+        if node.type != OPTYPE.SPLIT or not self._cuts(node):
+            return at
+        whole, function = node.grad_fn._saved_self_sym_sizes[self._dims[node]], node.grad_fn
+        sizes = getattr(function, "_saved_split_sizes", None) or [function._saved_split_size] * whole
+        number = next((part for source, part in onward.grad_fn.next_functions if source is function), 0)
+        begin = sum(sizes[:number])
+        return index_maps.SliceMap(begin, min(begin + sizes[number], whole)).forward(at)
 
     def _chunk(self, node: Any) -> int | None:
         """The width of the equal parts that channels are split into; None where they are not, or need not be equal. Of

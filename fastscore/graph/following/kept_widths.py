@@ -19,7 +19,7 @@ from fastscore.modules.inspection import channel_dim
 from fastscore.modules.returned_part import RETURNED
 from fastscore.modules.weights import recurrent
 
-Kept: TypeAlias = tuple[nn.Module, Width]  # whose number it is, the number
+Kept: TypeAlias = tuple[nn.Module, Width, np.ndarray]  # whose number it is, the number, the positions that it counts
 
 
 def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray], unit: Tensor) -> Iterator[Member]:
@@ -27,17 +27,17 @@ def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray], unit: 
     each of its channels, int64: those of one go together."""
     known, kept = set[tuple[str, str]](), set[nn.Module]()
     for (node, function), at in positions.items():
-        for owner, width in (*_of_cuts(graph, node, function, at, unit), *_of_zeros(graph, node, function)):
+        for owner, width, where in (*_of_cuts(graph, node, function, at, unit), *_of_zeros(graph, node, function, at)):
             asked = graph.asked()
             if not asked.holds(owner, width) or asked.other_use(owner, width) is not None:
                 continue
-            name, position = graph._module2name[owner], at >> 32
+            name, position = graph._module2name[owner], where >> 32
             inside = (position >= width.begin) & (position < width.end)
             if (name, width.number) not in known and inside.any():
                 known.add((name, width.number))
                 kept.add(owner)
                 yield Member(name, "width", torch.from_numpy(position[inside] - width.begin),
-                             torch.from_numpy(at[inside] & index_maps.CHANNEL), attribute=width.attribute)
+                             torch.from_numpy(where[inside] & index_maps.CHANNEL), attribute=width.attribute)
     for (node, _), at in positions.items():
         for member in _of_tables(graph, node, at):
             alone = not member.attribute.startswith(RETURNED) or graph.model.get_submodule(member.layer) not in kept
@@ -63,7 +63,7 @@ def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray], unit: T
                     "a number that it computes", "make them by torch.zeros_like, or let a module keep it")
                 return f"the code of {type(code.module).__name__} makes zeros of {size} channels that meet them, " \
                        f"{whose}: {way_out}"
-        for owner, width in (*_of_cuts(graph, node, function, at, unit), *_of_zeros(graph, node, function)):
+        for owner, width, _ in (*_of_cuts(graph, node, function, at, unit), *_of_zeros(graph, node, function, at)):
             if owner not in makers and graph.asked().holds(owner, width) and \
                     (why := graph.asked().other_use(owner, width)) is not None:
                 name = width.name.rpartition(written_numbers.MARK)[2].replace(config_numbers.MARK, ".")
@@ -83,15 +83,15 @@ def _of_cuts(graph: Any, node: Any, function: Any, at: np.ndarray, unit: Tensor)
             if factors := code.factors(dim, channels):
                 least = int(np.gcd.reduce(np.unique(unit.numpy()[at & index_maps.CHANNEL], return_counts=True)[1]))
                 found += graph.asked().products(factors, code.asked[dim], channels, least)
-            yield from itertools.islice((kept for kept in found if graph.asked().holds(*kept)), 1)
-    for part in graph._cuts_of(node, function):
-        yield from graph.kept_of(part)
+            yield from itertools.islice(((*kept, at) for kept in found if graph.asked().holds(*kept)), 1)
+    for part, within in graph._cuts_of(node, function, at):
+        yield from ((*kept, within) for kept in graph.kept_of(part))
 
 
-def _of_zeros(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
+def _of_zeros(graph: Any, node: Any, function: Any, at: np.ndarray) -> Iterator[Kept]:
     for code, size, width, begin in _zeros_at(graph, node, function):
         if width is not None:
-            yield code.keeper(width), Width(width.attribute, begin, begin + size)
+            yield code.keeper(width), Width(width.attribute, begin, begin + size), at
 
 
 def _zeros_at(graph: Any, node: Any, function: Any) -> Iterator[tuple[Cut, int, Width | None, int]]:

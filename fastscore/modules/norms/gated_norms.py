@@ -149,7 +149,7 @@ def _computed(module: nn.Module) -> Iterator[GatedNorm]:
     """What a module computes, if it is known: of inputs as large as eps lets count, and larger, in training, too."""
     ((gain, held),) = module._parameters.items()
     assert held is not None
-    size, numbers = len(held), {value for value in vars(module).values() if type(value) is int and value > 0}
+    size, numbers = len(held), {value for value in vars(module).values() if isinstance(value, int) and value > 0}
     counts = {1, *(n for value in numbers for n in (value, size // value) if n and size % n == 0 and n < size)}
     random = torch.Generator().manual_seed(0)
     weight, x, gate = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in (
