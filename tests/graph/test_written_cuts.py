@@ -105,6 +105,21 @@ class Asks(Sliced):
         return y if len(x) < 8 else 2 * y
 
 
+class AsManySamples(Sliced):
+    """It takes as many samples, where there are more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.both(x)
+        return self.last((y[:8, :8].tanh() * y[:8, 8:].sigmoid()).mean(-1))
+
+
+class InOneLine(Sliced):
+    """The same, of a cut beside others in its line."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.both(x[:8])[:, :8].tanh() * self.both(x)[:8, 8:].sigmoid()).mean(-1))
+
+
 def _video(*sides: int) -> Tensor:
     return torch.randn(2, 3, 2, *sides, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -127,6 +142,9 @@ def test_gates_lose_channels(way: type[nn.Module], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("way", "said"), [
     (Square, "the code of Square makes zeros of 4 channels that meet them, a number that is written there"),
+    (AsManySamples, "8 of AsManySamples is the size of a view, cut or zeros, and something else in the code of "
+                    "AsManySamples.forward (y[:8, :8])"),
+    (InOneLine, "8 of InOneLine is the size of a view, cut or zeros, and something else in the code of InOneLine"),
     (Asks, "8 of Asks is the size of a view, cut or zeros, and something else in the code of Asks.forward (len(x)")])
 def test_numbers_of_two_uses_stay(way: type[nn.Module], said: str) -> None:
     graph = trace(noisy(way), _video(4, 4) if way is Square else _sound())

@@ -105,7 +105,7 @@ class _Noted(TorchFunctionMode):
         self.sizes = defaultdict[int, list[Mapping[Place, Fraction]]](list)  # of views -> slopes, as Marked has them
         self.zeros = defaultdict[tuple[int, ...], list[list[Mapping[Place, Fraction]]]](list)  # shape -> the same
         self.alone = set[tuple[int, Place]]()  # numbers that cuts and zeros are asked for with, as they are at a place
-        self.lines = set[Line]()
+        self._cut, self._whole = set[Line](), set[Line]()  # those that did, and that had a number cut nothing
         self.codes = set[Any]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -129,9 +129,14 @@ class _Noted(TorchFunctionMode):
             stack = list(frames.outwards())
             self.codes.update(frame.f_code for frame in stack)
             at = next(frame for frame in stack if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS)
-            if func not in (*SPLITS, *SLICES) or _cuts(func, args, kwargs, output):
-                self.lines.add((at.f_code.co_filename, at.f_lineno))
+            cuts = func not in (*SPLITS, *SLICES) or _cuts(func, args, kwargs, output)
+            (self._cut if cuts else self._whole).add((at.f_code.co_filename, at.f_lineno))
         return output
+
+    @property
+    def lines(self) -> set[Line]:
+        """Those of which every cut that was made there is known."""
+        return self._cut - self._whole
 
 
 _TENSORS = nn.Module()  # whose places are the sizes of tensors, by their values
@@ -176,9 +181,16 @@ def _number(module: nn.Module, name: str) -> int:
 
 
 def _cuts(func: Any, args: Any, kwargs: Any, output: Any) -> bool:
-    """Whether something else comes of a slice or split with numbers that are one less."""
+    """Whether something else comes of a slice or split with numbers that are one less: of a slice of several dimensions
+    with each of them."""
+    each = [(args[0], index) for index in _each_less(args[1])] if func is Tensor.__getitem__ else \
+        [tuple(map(_less, args))]
+    return all(_differs(func, less, {name: _less(value) for name, value in kwargs.items()}, output) for less in each)
+
+
+def _differs(func: Any, args: Any, kwargs: Any, output: Any) -> bool:
     try:
-        other = func(*map(_less, args), **{name: _less(value) for name, value in kwargs.items()})
+        other = func(*args, **kwargs)
     except (RuntimeError, IndexError):
         return True
     return [each.shape for each in _tensors(other)] != [each.shape for each in _tensors(output)]
@@ -186,6 +198,15 @@ def _cuts(func: Any, args: Any, kwargs: Any, output: Any) -> bool:
 
 def _tensors(output: Any) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else output
+
+
+def _each_less(index: Any) -> Iterator[Any]:
+    """An index with the numbers of one of its slices one less."""
+    if not isinstance(index, tuple):
+        yield _less(index)
+    for at, part in enumerate(index if isinstance(index, tuple) else ()):
+        if list(_marked((part,))):
+            yield (*index[:at], _less(part), *index[at + 1:])
 
 
 def _less(given: Any) -> Any:
