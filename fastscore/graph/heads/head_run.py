@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.parts import tensors_of
+from fastscore.graph import autograd_nodes
 from fastscore.graph.cutting import own_tensors
 from fastscore.graph.cutting.cut_widths import calling_modules
 from fastscore.graph.following.cuts import LAYERS
@@ -38,6 +39,8 @@ class Run:
     norms: dict[str, Tensor] = field(default_factory=dict)  # normalisation over channels -> ones that multiply it
     # layers that read a product which is multiplied once more, as those do through which heads talk; what they read
     between: dict[str, Tensor] = field(default_factory=dict)
+    # layers before that product, and no part of those after others, which read what other layers make; what they read
+    met: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RunAlone:
@@ -104,6 +107,10 @@ class RunAlone:
             if name in after and of_last[names.index(name)] is not None and \
                     all(g is None for g in gradients(x, [self._weights[other] for other in run.between])):
                 run.between[name] = x
+        leaves = {*map(_leaf, weights)}
+        for name, x in self._read:
+            if name not in after and of_last[names.index(name)] is not None and not leaves.isdisjoint(_reached(x)):
+                run.met[name] = x
         of_read = gradients(next(iter(run.read.values())), weights)
         run.makers = [name for name, g in zip(names, of_read, strict=True) if g is not None and name not in after]
         return run
@@ -138,6 +145,18 @@ class _Products(TorchFunctionMode):
                 self._but and any(module in self._but for module in calling_modules())):
             self.made.append(output)
         return output
+
+
+def _leaf(weight: Tensor) -> Any:
+    """The function by which autograd gives a weight its gradient."""
+    return weight.view_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+
+def _reached(x: Tensor) -> set[Any]:
+    """The functions that x is computed from."""
+    reached = set[Any]()
+    autograd_nodes.reach(x.grad_fn, reached)
+    return reached
 
 
 def gradients(x: Tensor, tensors: list[Tensor]) -> tuple[Tensor | None, ...]:

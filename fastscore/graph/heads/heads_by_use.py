@@ -9,6 +9,7 @@ fastscore.graph.heads.attention).
 
 import itertools
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,8 @@ def find(module: nn.Module, call: Call, sizes: Collection[int], but: Iterable[st
 def _likely(module: nn.Module, call: Call, run: Run, sizes: Collection[int]) -> ChannelGroup | list[str] | None:
     """The heads that the last product of a run is of; or the layers that make it, where they read each other; or None
     where nothing looks like heads."""
+    if (met := _met(module, call, run, sizes)) is not None:
+        return met
     width = next(iter(run.read.values())).shape[-1]
     total, held = heads.count(module), {value for _, _, value in numbers(module)}
     likely = {total} if total else {*sizes, *held, *(width // number for number in held if number > 0)}
@@ -74,6 +77,55 @@ def _likely(module: nn.Module, call: Call, run: Run, sizes: Collection[int]) -> 
         return found[max(found, key=lambda n: (units_of(found[n]), _is_whole(run, found[n], columns, n), n in sizes,
                                                n))]
     return run.makers if any(count in sizes for count in counts) and width not in counts else None
+
+
+def _met(module: nn.Module, call: Call, run: Run, sizes: Collection[int]) -> ChannelGroup | None:
+    """Heads of which layers read some (as what gates them all is made of their values): these lose inputs with them,
+    and as long as they stay, what they make does not depend on who goes. None where no layers are such."""
+    ends = [*run.met]
+    while ends:
+        apart = RunAlone(module, call, ends).last()
+        if apart is None or apart.read.keys() != run.read.keys() or not apart.met.keys() >= {*ends}:
+            return None
+        met, apart.met = {name: apart.met[name] for name in ends}, {}
+        group = _likely(module, call, apart, sizes)
+        if not isinstance(group, ChannelGroup):
+            return None
+        columns = {name: _columns(apart, group, x) for name, x in met.items()}
+        if None in columns.values():
+            return None
+        readers = [Member(name, "consumer", torch.arange(len(of)), of) for name, of in columns.items()
+                   if of is not None and len(of)]
+        if len(readers) == len(ends):
+            return replace(group, members=(*group.members, *readers))
+        ends = [member.layer for member in readers]
+    return None
+
+
+def _columns(run: Run, group: ChannelGroup, x: Tensor) -> Tensor | None:
+    """Of each column of what a layer reads, int64, the first channel of the heads that make it; empty where none of the
+    layers that make heads do; None where they do, and it is not one's after the other's."""
+    makers = [member for member in group.role("producer")]
+    weights = [run.parameters[f"{member.layer}.weight"] for member in makers]
+    units, size = units_of(group), x.shape[-1]
+    firsts = torch.stack([(group.unit == unit).nonzero()[0, 0] for unit in range(units)])
+
+    def made(columns: Tensor) -> Tensor:
+        """The units of the rows that some columns show."""
+        shown = []
+        for member, weight, g in zip(makers, weights, gradients(x[..., columns.to(x.device)], weights), strict=True):
+            if g is not None:
+                dim = int(type_of(run.module.get_submodule(member.layer)) == OPTYPE.EMBED)
+                rows = g.movedim(dim, 0).flatten(1).any(1)[member.index.to(g.device)].cpu()
+                shown.append(group.unit[member.channel[rows]])
+        return torch.cat(shown).unique() if shown else torch.zeros(0, dtype=torch.int64)
+
+    if not len(made(torch.arange(size))):
+        return firsts[:0]
+    for of_column in (torch.arange(size) * units // size, torch.arange(size) % units) if size % units == 0 else ():
+        if all(made((of_column == unit).nonzero()[:, 0]).tolist() == [unit] for unit in range(units)):
+            return firsts[of_column]
+    return None
 
 
 def _talking(module: nn.Module, call: Call, run: Run, count: int) -> ChannelGroup | None:
