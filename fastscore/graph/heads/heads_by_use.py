@@ -105,7 +105,7 @@ def _met(module: nn.Module, call: Call, run: Run, sizes: Collection[int]) -> Cha
 def _columns(run: Run, group: ChannelGroup, x: Tensor) -> Tensor | None:
     """Of each column of what a layer reads, int64, the first channel of the heads that make it; empty where none of the
     layers that make heads do; None where they do, and it is not one's after the other's."""
-    makers = [member for member in group.role("producer")]
+    makers = [*group.role("producer")]
     weights = [run.parameters[f"{member.layer}.weight"] for member in makers]
     units, size = units_of(group), x.shape[-1]
     firsts = torch.stack([(group.unit == unit).nonzero()[0, 0] for unit in range(units)])
@@ -113,7 +113,7 @@ def _columns(run: Run, group: ChannelGroup, x: Tensor) -> Tensor | None:
     def made(columns: Tensor) -> Tensor:
         """The units of the rows that some columns show."""
         shown = []
-        for member, weight, g in zip(makers, weights, gradients(x[..., columns.to(x.device)], weights), strict=True):
+        for member, g in zip(makers, gradients(x[..., columns.to(x.device)], weights), strict=True):
             if g is not None:
                 dim = int(type_of(run.module.get_submodule(member.layer)) == OPTYPE.EMBED)
                 rows = g.movedim(dim, 0).flatten(1).any(1)[member.index.to(g.device)].cpu()
