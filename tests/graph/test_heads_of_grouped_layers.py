@@ -44,7 +44,6 @@ class OfEach(Squeezed):
 
 
 
-
 def _x() -> Tensor:
     return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
 
@@ -61,4 +60,4 @@ def test_as_many_heads_of_each_group_go(attention: type[Squeezed], tmp_path: Pat
 def test_heads_that_are_groups_stay() -> None:
     graph = trace(noisy(lambda: Network(OfEach)), _x())
     assert {group.name for group in graph.groups} == {"embed", "mlp.0"}
-    assert all("a view divides" in graph.skipped[f"attn.{name}"] for name in ("ask", "key", "val"))
+    assert graph.skipped["attn.ask"].startswith("OfEach does not run with fewer heads")
