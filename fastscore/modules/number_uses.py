@@ -20,7 +20,8 @@ from fastscore.modules.reachable_code import ReachableCode, content, functions_i
 Seed: TypeAlias = tuple[str, Any]  # "attribute", "number" or "argument", and which
 
 _SIZES = {"view", "reshape", "unflatten", "zeros", "new_zeros", "empty", "new_empty", "layer_norm", "rms_norm",
-          "rearrange"}  # that a wrong number makes an error of
+          "rearrange"}  # that a wrong number makes an error of, but for some of _VIEWS
+_VIEWS = {"view", "reshape", "unflatten"}  # of which those with a size of -1 take any number that divides
 _SEEN = {"split", "split_with_sizes", "narrow", "expand", "ones", "new_ones", "rand", "randn"}
 _SIZES_FIRST = {"zeros", "empty", "ones", "rand", "randn"}  # functions that have their sizes in the place of a tensor
 _THROUGH = {"int", "tuple", "list", "Size"}
@@ -201,7 +202,8 @@ class Uses:
             name in _SIZES_FIRST or not self._is_function(function, call.func)
         if name in _THROUGH:
             yield from self._uses(function, call, parents)
-        elif name in _SEEN and of_size:
+        elif of_size and (name in _SEEN or (name in _VIEWS and self._seen and self._lines is None
+                                            and _has_open_size(call))):
             yield None if are_among(self._seen, function, call) else call
         elif name not in _SIZES | _HARMLESS or not of_size:
             called = self._objects(function, call.func)
@@ -255,6 +257,13 @@ def _argument(function: FunctionType, call: ast.Call, node: ast.AST, bound: bool
         return None
     at = call.args.index(node) + bound
     return names[at] if at < code.co_argcount else None
+
+
+def _has_open_size(call: ast.Call) -> bool:
+    """Whether a view is asked for a size of -1."""
+    sizes = [size for each in call.args for size in (each.elts if isinstance(each, ast.Tuple | ast.List) else [each])]
+    return any(isinstance(size, ast.UnaryOp) and isinstance(size.op, ast.USub)
+               and isinstance(size.operand, ast.Constant) and size.operand.value == 1 for size in sizes)
 
 
 def _name(call: ast.Call) -> str:

@@ -288,3 +288,19 @@ def test_as_many_as_there_are_channels(tmp_path: Path) -> None:
     assert check(Points, x, ["first", "last"], tmp_path).model.classifier.in_features == 3
     scores = fastscore.score(noisy(Square), [x[..., :6]], progress=False)
     assert set(scores) == {"first"}
+
+
+class Windows(Points):
+    """Longer clouds are averaged over windows, of as many points as there are channels; no example is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 9:
+            x = x.view(len(x), 3, -1, 6).mean(2)
+        x = torch.max(self.last(self.first(x).tanh()), 2, keepdim=True)[0]
+        return self.classifier(x.view(-1, 6))
+
+
+def test_numbers_of_views_that_no_example_runs_stay() -> None:
+    scores = fastscore.score(noisy(Windows), [torch.randn(3, 3, 7).double()], progress=False)
+    assert set(scores) == {"first"}
+    assert "Windows.forward (x.view(len(x), 3, -1, 6))" in scores.skipped["last"]
