@@ -2,7 +2,7 @@
 for normalisations over channels."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch_pruning as tp
@@ -13,6 +13,7 @@ from fastscore.modules.narrower import in_place_of, staying, without
 from fastscore.modules.norms import channel_norms, gated_norms
 from fastscore.modules.weights import parameter_layers, transposed_linear
 
+Positions: TypeAlias = Tensor | Sequence[int]
 _COUNTS = ("num_features", "channels")  # attributes that say how many there are, whatever else is as many
 
 
@@ -73,7 +74,7 @@ def _counts(module: nn.Module, channels: int | None) -> list[str]:
         [name for name in as_many if code is not None and name in code.co_names]
 
 
-def _cut(module: nn.Module, index: Sequence[int]) -> None:
+def _cut(module: nn.Module, index: Positions) -> None:
     """Take `index` out of each per-channel buffer."""
     for name, buffer in list(_per_channel(module)):
         module._buffers[name] = without(buffer, _channel_dim(buffer) or 0, index)
@@ -82,7 +83,7 @@ def _cut(module: nn.Module, index: Sequence[int]) -> None:
 class _Buffers(tp.function.BasePruningFunc):  # type: ignore[misc]
     """Of a module with a width."""
 
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+    def prune_out_channels(self, layer: nn.Module, idxs: Positions) -> nn.Module:
         channels = width(layer)
         _cut(layer, idxs)
         for name in _counts(layer, channels):
@@ -106,10 +107,10 @@ class _Weights(tp.function.BasePruningFunc):  # type: ignore[misc]
     def __init__(self, outputs: tuple[str, tuple[str, ...], int], inputs: tuple[str, tuple[str, ...], int]) -> None:
         self._outputs, self._inputs = outputs, inputs
 
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+    def prune_out_channels(self, layer: nn.Module, idxs: Positions) -> nn.Module:
         return _less(layer, idxs, *self._outputs)
 
-    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+    def prune_in_channels(self, layer: nn.Module, idxs: Positions) -> nn.Module:
         return _less(layer, idxs, *self._inputs)
 
     def get_out_channels(self, layer: nn.Module) -> int:
@@ -119,7 +120,7 @@ class _Weights(tp.function.BasePruningFunc):  # type: ignore[misc]
         return int(getattr(layer, self._inputs[0]))
 
 
-def _less(layer: nn.Module, gone: Sequence[int], count: str, names: Sequence[str], dim: int) -> nn.Module:
+def _less(layer: nn.Module, gone: Positions, count: str, names: Sequence[str], dim: int) -> nn.Module:
     """A layer whose tensors of these names lose positions of a dimension, if they have several."""
     stay = staying(getattr(layer, count), gone)
     setattr(layer, count, len(stay))
@@ -180,7 +181,7 @@ class _GroupNorms(tp.function.GroupNormPruner):  # type: ignore[misc]
 class _Norms(tp.function.BasePruningFunc):  # type: ignore[misc]
     """Of normalisations over channels."""
 
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+    def prune_out_channels(self, layer: nn.Module, idxs: Positions) -> nn.Module:
         channel_norms.narrow(layer, torch.as_tensor(idxs, dtype=torch.int64))
         return layer
 
@@ -208,6 +209,7 @@ class _ScaledRows(tp.function.EmbeddingPruner):  # type: ignore[misc]
     prune_in_channels = prune_out_channels
 
 
+TAKE_TENSORS = (_Buffers, _Weights, _Norms)  # surgeons to whom positions need not come as lists
 _BUFFERS, _STATISTICS, NORMS, _TRANSPOSED = _Buffers(), _Statistics(), _Norms(), transposed_linear.Surgeon()
 _GROUPED, _GROUP_NORMS, _SCALED_ROWS = _Grouped(), _GroupNorms(), _ScaledRows()
 _OF_CHANNELS = ("num_features", ("weight", "bias", "running_mean", "running_var"), 0)

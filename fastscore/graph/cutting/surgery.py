@@ -122,8 +122,10 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
                      (f"{name}.{key.replace('bias', 'weight')}", "outputs") in indices]  # a bias goes with its weight
             heads.remove(layer, index, apart, side == "heads")
             continue
-        prune = surgeons[name].prune_in_channels if side == "inputs" else surgeons[name].prune_out_channels
-        beside_weights.cut_with(layer, partial(prune, idxs=index.tolist()))
+        surgeon = surgeons[name]
+        prune = surgeon.prune_in_channels if side == "inputs" else surgeon.prune_out_channels
+        at = index if isinstance(surgeon, channel_buffers.TAKE_TENSORS) else index.tolist()
+        beside_weights.cut_with(layer, partial(prune, idxs=at))
     for owners in shared:  # of which each has been cut alike
         for owner, key in owners[1:]:
             owner._parameters[key] = owners[0][0]._parameters[owners[0][1]]

@@ -110,8 +110,8 @@ def entries_changed(held: Iterable[tuple[nn.Module, str, Tensor, int, Tensor]]) 
             kept: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
             old: Tensor = kept[name]
             before.append((kept, name, old))
-            new, at = old.detach().clone(), index.to(old.device)
-            new.index_copy_(dim, at, other.index_select(dim, at))
+            at = index.to(old.device)
+            new = old.detach().index_copy(dim, at, other.index_select(dim, at))
             kept[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         yield
     finally:

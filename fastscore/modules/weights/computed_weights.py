@@ -47,7 +47,8 @@ def computed_weight(layer: nn.Module) -> Tensor | None:
         return held.get("weight", layer._parameters.get("weight"))
     if (own := own_layer(layer)) is not None:
         return weight_of(layer, own)
-    weight = _probed(layer)
+    ours = str(type(layer).__module__).partition(".")[0] == __name__.partition(".")[0]  # which multiply by what is held
+    weight = None if ours else _probed(layer)
     return None if weight is None or weight is layer._parameters.get("weight") else weight
 
 
@@ -204,8 +205,9 @@ def make_plain(model: nn.Module, names: Iterable[str]) -> None:
 def make_layer_plain(layer: nn.Module, keep: bool = False) -> None:
     """Make a layer plain that computes its weight, in place, and leave any other. keep: see become_plain."""
     for _ in range(2):  # its code may go on with what PyTorch's utilities compute
-        if (weight := computed_weight(layer)) is not None:
-            become_plain(layer, weight, keep)
+        if (weight := computed_weight(layer)) is None:
+            return
+        become_plain(layer, weight, keep)
 
 
 def _plain(layer: nn.Module) -> type[nn.Module] | None:
