@@ -2,14 +2,17 @@
 
 import ast
 import inspect
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from fastscore.modules.copying import ATOMS
 from fastscore.modules.source import tree_of
+
+_WITHOUT_CODE = ATOMS | {tuple, list, set, dict, OrderedDict, Tensor, nn.Parameter}
 
 
 class ReachableCode:
@@ -79,6 +82,8 @@ class ReachableCode:
 
 def functions_in(value: Any) -> Iterator[FunctionType]:
     """The functions, written in Python, that run where a method, property or decorated function is taken."""
+    if type(value) in _WITHOUT_CODE:  # as most of what modules hold
+        return
     value = inspect.unwrap(value) if callable(value) and not isinstance(value, type) else value
     if isinstance(value, FunctionType):
         yield value

@@ -1,5 +1,6 @@
 """Numbers for each channel in buffers: they go with their channels."""
 
+import copy
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -308,3 +309,16 @@ def test_whole_numbers_and_choices_go_with_their_channels(table: Tensor, meet: C
     assert len(small[1].table) == 4
     with torch.no_grad(), fastscore.mask(model, scores, 0.5, x, compensate=False):
         torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.ConvTranspose1d(4, 6, 3), nn.Linear(4, 6), nn.BatchNorm1d(6),
+                                   nn.LayerNorm(6), FrozenBatchNorm2d(6)])
+def test_positions_may_be_a_tensor(layer: nn.Module) -> None:
+    small, other = copy.deepcopy(layer), copy.deepcopy(layer)
+    surgeon = channel_buffers.surgeon(layer)
+    assert isinstance(surgeon, channel_buffers.TAKE_TENSORS)
+    for each, gone in ((small, [0, 4]), (other, torch.tensor([0, 4]))):
+        surgeon.prune_out_channels(each, gone)
+    assert surgeon.get_out_channels(small) == surgeon.get_out_channels(other) == 4
+    assert small.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(x, other.state_dict()[name]) for name, x in small.state_dict().items())

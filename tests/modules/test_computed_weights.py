@@ -3,16 +3,20 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from oracles import untouched
 from torch import Tensor, nn
 from whole_way import check, noisy
 
 import fastscore
 from fastscore.graph.tracing import trace
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.weights import computed_weights
 from fastscore.modules.weights.computed_weights import computed_weight
 
 
@@ -275,6 +279,25 @@ class Masked(nn.Conv2d):
 def test_other_layers_are_none(kind: Callable[..., nn.Module]) -> None:
     """What a plain layer would not compute, or not learn, is not made one."""
     assert computed_weight(kind(3, 4, 3)) is None
+
+
+def swin() -> nn.Module:
+    kinds = torchvision.models.swin_transformer
+    return kinds.SwinTransformer([4, 4], 8, [1, 1], [2, 2], [4, 4], block=kinds.SwinTransformerBlockV2,
+                                 downsample_layer=kinds.PatchMergingV2)
+
+
+@pytest.mark.parametrize("build", [lambda: nn.TransformerEncoderLayer(8, 2, 12), swin, lambda: nn.LSTM(4, 6)])
+def test_layers_of_fastscores_own_multiply_by_what_they_hold(build: Callable[[], nn.Module],
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that none need be run to see it."""
+    layers: list[Any] = [module for module in evaluation_copy(build()).modules()
+                         if isinstance(module, nn.Linear) and type(module).__module__.startswith("fastscore.")]
+    assert layers
+    assert all(weight is None or weight is layer.weight for layer in layers
+               for weight in [computed_weights._probed(layer)])
+    monkeypatch.setattr(computed_weights, "_product", None)
+    assert not any(computed_weight(layer) is not None for layer in layers)
 
 
 def test_a_weight_of_which_nothing_plain_can_be_made_keeps_what_it_reads() -> None:

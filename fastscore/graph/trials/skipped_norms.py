@@ -18,6 +18,6 @@ def skipped(*models: nn.Module) -> Iterator[None]:
         return input_of(args, kwargs) if isinstance(module, nn.GroupNorm) else elementwise(module, args, kwargs)
 
     with put_on(module.register_forward_hook(skip, with_kwargs=True)
-                for module in {module for model in models for module in model.modules()}
+                for module in {module for model in {*models} for module in model.modules()}
                 if isinstance(module, nn.GroupNorm) or gated_norm_of(module) is not None):
         yield
