@@ -32,7 +32,7 @@ class Prepared:
 
     copy, taps: the model that is run, and what measures it. example: a batch to try each change on. forward: calls the
     copy on a batch. normalized_by: layer -> the BatchNorm that alone reads its output. precision: None as the copy is,
-    or a name in PRECISIONS. compiled: through torch.compile.
+    or a name in PRECISIONS. compiled: through torch.compile. samples: two, where the example is one.
     """
 
     copy: nn.Module
@@ -42,6 +42,7 @@ class Prepared:
     normalized_by: Mapping[str, str]
     precision: str | None
     compiled: bool
+    samples: Batch | None = None
     channels_last: bool = False
     any_format: bool = True  # False: the model's code depends on where numbers lie in memory
     observation: Observation = field(init=False)
@@ -85,17 +86,19 @@ class Prepared:
 
 
 def prepare(eval_model: nn.Module, taps: Taps, normalized_by: Mapping[str, str], example: Batch, forward: Forward,
-            precision: str | None = None, compiled: bool = False) -> Prepared:
-    """Make an evaluation copy fast, in place; it runs two or three times, and taps on it may be moved.
+            precision: str | None = None, compiled: bool = False, samples: Batch | None = None) -> Prepared:
+    """Make an evaluation copy fast, in place; it runs two to four times, and taps on it may be moved.
 
     normalized_by: layer -> the BatchNorm that alone reads its output. example: a batch. precision: None as the copy is,
     or a name in PRECISIONS; outputs are float32 then, and so is what follows. compiled: through torch.compile, for
-    batches of the size of the first; others run as they are. Raises ValueError, naming the layer, where one cannot take
+    batches of the size of the first; others run as they are. samples: two, where the example is one: a view can join
+    channels with the samples where there is but one of them. Raises ValueError, naming the layer, where one cannot take
     the precision, or is called twice and compiled.
     """
     for weight in taps.weights.values():
         weight.requires_grad_()
-    prepared = Prepared(eval_model, taps, example, checked_forward(forward), normalized_by, precision, compiled)
+    prepared = Prepared(eval_model, taps, example, checked_forward(forward), normalized_by, precision, compiled,
+                        samples)
     for stage in STAGES:
         stage(prepared)
     return prepared
@@ -181,6 +184,8 @@ def _fault(prepared: Prepared) -> str:
     try:
         with torch.no_grad():
             output = prepared.forward(prepared.copy, prepared.arrange(prepared.example))
+            if prepared.channels_last and prepared.samples is not None:
+                prepared.forward(prepared.copy, prepared.arrange(prepared.samples))
     except Exception:  # of the model's code
         return _STOPS
     before = prepared.observation.output

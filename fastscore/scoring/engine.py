@@ -165,7 +165,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         several = len(first_input(data.first)) > 1 and not channels.samples.one
         totals = Totals(eval_model, channels, origin, ignore, several=several)
         prepared = prepare(eval_model, totals.taps(traceable=True), channels.normalized_by, example, forward, precision,
-                           compile)
+                           compile, few_samples(data.first, 2) if several and forward is call_model else None)
         if wrong := wrong_convolutions(prepared.copy, prepared.observation.inputs, prepared.dtype):
             warnings.warn(WRONG.format(", ".join(wrong)), stacklevel=3)
         same = run_fingerprint(model, asdict(totals.origin), probes=probes, ignored=sorted(ignore), loss=loss,

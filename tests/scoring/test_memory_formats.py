@@ -37,6 +37,14 @@ class Viewed(Net):
         return self.last(y.view(y.size(0), -1))
 
 
+class Joined(Net):
+    """As in attention by groups: channels beside samples, which a view can join where there is one sample alone."""
+
+    def between(self, x: Tensor) -> Tensor:
+        y = x.view(len(x) * 2, -1, *x.shape[2:])
+        return (y * y.mean((2, 3), keepdim=True).sigmoid()).view(x.shape)
+
+
 class Images(Net):
     """Of the images that it is given."""
 
@@ -77,7 +85,7 @@ class Scaled(nn.Conv2d):
 
 @pytest.mark.parametrize(("kind", "format"), [
     (Net, torch.channels_last),
-    *((kind, torch.contiguous_format) for kind in (Viewed, Images, Strides, Filter, Weight))])
+    *((kind, torch.contiguous_format) for kind in (Viewed, Joined, Images, Strides, Filter, Weight))])
 def test_scores_and_repairs_are_right(kind: type[Net], format: torch.memory_format) -> None:
     """By brute force; and the network that a repair gives its weights runs as the dense one does."""
     model = noisy(kind).to(memory_format=format)
