@@ -22,6 +22,7 @@ Seed: TypeAlias = tuple[str, Any]  # "attribute", "number" or "argument", and wh
 _SIZES = {"view", "reshape", "unflatten", "zeros", "new_zeros", "empty", "new_empty", "layer_norm", "rms_norm",
           "rearrange"}  # that a wrong number makes an error of, but for some of _VIEWS
 _VIEWS = {"view", "reshape", "unflatten"}  # of which those with a size of -1 take any number that divides
+_ZEROS = {"zeros", "new_zeros", "empty", "new_empty"}  # of another dimension than channels, by a number in the code
 _SEEN = {"split", "split_with_sizes", "narrow", "expand", "ones", "new_ones", "rand", "randn"}
 _SIZES_FIRST = {"zeros", "empty", "ones", "rand", "randn"}  # functions that have their sizes in the place of a tensor
 _THROUGH = {"int", "tuple", "list", "Size"}
@@ -47,6 +48,7 @@ class Uses:
         self._module, attribute = config_numbers.holder(module, name)
         self._work: list[tuple[FunctionType, Seed]] = []
         self._done = set[tuple[int, Seed]]()
+        self._times = 0  # at how many places the number stands in the code; none of an attribute
         if written_numbers.MARK in name:
             method = getattr(type(module), name.partition(written_numbers.MARK)[0])
             self._times = written_numbers.times(module, name)
@@ -202,8 +204,8 @@ class Uses:
             name in _SIZES_FIRST or not self._is_function(function, call.func)
         if name in _THROUGH:
             yield from self._uses(function, call, parents)
-        elif of_size and (name in _SEEN or (name in _VIEWS and self._seen and self._lines is None
-                                            and _has_open_size(call))):
+        elif of_size and (name in _SEEN or (self._lines is None and self._seen and (
+                (name in _VIEWS and _has_open_size(call)) or (name in _ZEROS and self._times)))):
             yield None if are_among(self._seen, function, call) else call
         elif name not in _SIZES | _HARMLESS or not of_size:
             called = self._objects(function, call.func)

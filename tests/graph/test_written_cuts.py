@@ -120,6 +120,14 @@ class InOneLine(Sliced):
         return self.last((self.both(x[:8])[:, :8].tanh() * self.both(x)[:8, 8:].sigmoid()).mean(-1))
 
 
+class ZerosElsewhere(Sliced):
+    """As many zeros lie along another dimension, where more samples than the example's are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.both(torch.cat([x.new_zeros(len(x), 3, 8), x], 2) if len(x) > 9 else x)
+        return self.last((y[:, :8].tanh() * y[:, 8:].sigmoid()).mean(-1))
+
+
 def _video(*sides: int) -> Tensor:
     return torch.randn(2, 3, 2, *sides, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -145,6 +153,8 @@ def test_gates_lose_channels(way: type[nn.Module], tmp_path: Path) -> None:
     (AsManySamples, "8 of AsManySamples is the size of a view, cut or zeros, and something else in the code of "
                     "AsManySamples.forward (y[:8, :8])"),
     (InOneLine, "8 of InOneLine is the size of a view, cut or zeros, and something else in the code of InOneLine"),
+    (ZerosElsewhere, "8 of ZerosElsewhere is the size of a view, cut or zeros, and something else in the code of "
+                     "ZerosElsewhere.forward (x.new_zeros(len(x), 3, 8))"),
     (Asks, "8 of Asks is the size of a view, cut or zeros, and something else in the code of Asks.forward (len(x)")])
 def test_numbers_of_two_uses_stay(way: type[nn.Module], said: str) -> None:
     graph = trace(noisy(way), _video(4, 4) if way is Square else _sound())
