@@ -205,7 +205,8 @@ class Uses:
         if name in _THROUGH:
             yield from self._uses(function, call, parents)
         elif of_size and (name in _SEEN or (self._lines is None and self._seen and (
-                (name in _VIEWS and _has_open_size(call)) or (name in _ZEROS and self._times)))):
+                (name in _VIEWS and _has_open_size(call, 2 if self._times else 3)) or (
+                    name in _ZEROS and self._times)))):
             yield None if are_among(self._seen, function, call) else call
         elif name not in _SIZES | _HARMLESS or not of_size:
             called = self._objects(function, call.func)
@@ -261,11 +262,13 @@ def _argument(function: FunctionType, call: ast.Call, node: ast.AST, bound: bool
     return names[at] if at < code.co_argcount else None
 
 
-def _has_open_size(call: ast.Call) -> bool:
-    """Whether a view is asked for a size of -1."""
+def _has_open_size(call: ast.Call, least: int) -> bool:
+    """Whether a view is asked for a size of -1, and for as many as `least` in all: of two, as of y.view(-1, self.flat),
+    the other one is the width of what a layer reads, or an error follows."""
     sizes = [size for each in call.args for size in (each.elts if isinstance(each, ast.Tuple | ast.List) else [each])]
-    return any(isinstance(size, ast.UnaryOp) and isinstance(size.op, ast.USub)
-               and isinstance(size.operand, ast.Constant) and size.operand.value == 1 for size in sizes)
+    return len(sizes) >= least and any(
+        isinstance(size, ast.UnaryOp) and isinstance(size.op, ast.USub) and isinstance(size.operand, ast.Constant)
+        and size.operand.value == 1 for size in sizes)
 
 
 def _name(call: ast.Call) -> str:

@@ -222,16 +222,19 @@ def test_layers_of_a_class_of_its_own_take_few_passes_more() -> None:
     assert traced.get_total_flops() < 10 * 2 * count(model, x).macs
 
 
+WIDTH = 12
+
+
 class Narrow(nn.Module):
     """Runs with as many channels inside as it was made with, where `fixed`."""
 
     def __init__(self, fixed: bool) -> None:
         super().__init__()
-        self.up, self.down, self.fixed = nn.Linear(8, 12), nn.Linear(12, 8), fixed
+        self.up, self.down, self.fixed = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 8), fixed
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(x).relu()
-        return x + self.down(y.view(-1, 12) if self.fixed else y)
+        return x + self.down(y.view(-1, WIDTH) if self.fixed else y)
 
 
 def test_a_group_that_does_not_go_is_looked_for_first_where_the_model_stops(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,7 +193,12 @@ def _differs(func: Any, args: Any, kwargs: Any, output: Any) -> bool:
         other = func(*args, **kwargs)
     except (RuntimeError, IndexError):
         return True
-    return [each.shape for each in _tensors(other)] != [each.shape for each in _tensors(output)]
+    return [_place(each) for each in _tensors(other)] != [_place(each) for each in _tensors(output)]
+
+
+def _place(part: Tensor) -> tuple[torch.Size, int]:
+    """How large a part is, and where it begins."""
+    return part.shape, int(part.storage_offset())
 
 
 def _tensors(output: Any) -> tuple[Tensor, ...]:
