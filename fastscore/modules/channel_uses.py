@@ -57,6 +57,11 @@ class Use:
         """Itself, or what a function that is called there does."""
         return self if self.within is None else self.within.innermost
 
+    @property
+    def is_before(self) -> bool:
+        """Whether it comes before what stands at its position, which reads it."""
+        return (self.node.lineno, self.node.col_offset) < (self.position[0], self.position[2])
+
     @cached_property
     def tensors(self) -> Mapping[int, ast.expr]:
         """Line -> the tensor as an expression of what variables hold before that line runs."""
@@ -125,14 +130,17 @@ def is_size(node: ast.expr) -> bool:
     return _sized(node) is not None
 
 
-def flag_in(test: ast.expr) -> str | None:
-    """The attribute of `self` that a condition is, if it is one: `self.shared`, `getattr(self, "add", False)`."""
+def flag_in(test: ast.expr) -> tuple[ast.expr, str] | None:
+    """The attribute that a condition is of `self`, or of what it keeps, and of which of these, if it is one:
+    `self.shared`, `getattr(self, "add", False)`, `self.config.shared`."""
     whole: ast.expr | None
     if isinstance(test, ast.Call) and isinstance(test.func, ast.Name) and test.func.id == "getattr":
         whole, name = test.args[0], getattr(test.args[1], "value", None)
     else:
         whole, name = (test.value, test.attr) if isinstance(test, ast.Attribute) else (None, None)
-    return name if isinstance(whole, ast.Name) and whole.id == "self" and isinstance(name, str) else None
+    owner = whole.value if isinstance(whole, ast.Attribute) else whole
+    return (whole, name) if whole and isinstance(owner, ast.Name) and owner.id == "self" and isinstance(name, str) \
+        else None
 
 
 def is_none(node: ast.AST) -> bool:

@@ -102,7 +102,7 @@ class _Reader:
                        alike)
 
         if isinstance(node, _COMPUTING):
-            yield from self._of_before(node, position, lines, steps, asked)
+            yield from self._of_before(node, position, steps, asked)
         whole = [each for each in tensors_in(node, self._function.__globals__) if held_by(each)]
         side_by_side = len(whole) > 1 and whole[0] not in node.args  # parts of one variable, put together again
         if not side_by_side or len({_variables(each, steps) for each in whole}) > 1:
@@ -135,23 +135,23 @@ class _Reader:
                         held_by(tensor := substituted(inside, put)):
                     yield use(tensor, None if by is None else substituted(by, put), inner)
 
-    def _of_before(self, node: ast.AST, position: Position, lines: tuple[int, ...], steps: tuple[Step, ...],
-                   asked: _Asked) -> Iterator[Use]:
-        """Statistics that the variables of an expression were computed of before."""
+    def _of_before(self, node: ast.AST, position: Position, steps: tuple[Step, ...], asked: _Asked) -> Iterator[Use]:
+        """Statistics that the variables of an expression were computed of before. Their own variables are looked up
+        where that was, as later ones may hold something else: `x = x.mean(1)`."""
         around = self._function.__globals__
-        work, seen = list[tuple[ast.AST, tuple[Step, ...]]]((name, steps) for name in _read(node)), set[int]()
+        work, seen = list[tuple[ast.AST, tuple[Step, ...], int]]((name, steps, 0) for name in _read(node)), set[int]()
         while work:
-            value, before = work.pop()
+            value, before, line = work.pop()
             for each in ast.walk(value):
                 if is_statistic(each, around):
-                    yield from (Use(each, position, tensor, lines, before, self._parts, self._function, asked)
+                    yield from (Use(each, position, tensor, (line,), before, self._parts, self._function, asked)
                                 for tensor in tensors_in(each, around) if held_by(tensor))
                 at = next((at for at in reversed(range(len(before))) if isinstance(each, ast.Name)
                            and before[at][1] == each.id), None)
                 if at is not None and at not in seen:
                     seen.add(at)
                     if not any(isinstance(part, ast.IfExp) for part in ast.walk(before[at][2])):  # read by itself
-                        work.append((before[at][2], before[:at]))
+                        work.append((before[at][2], before[:at], before[at][0]))
 
     def _alike(self, node: Any) -> Iterator[Position]:
         """Where another loop over as many indexes the same by its variable, of one that only indexes by it: the same

@@ -330,8 +330,8 @@ def test_what_means_channels_keeps_them(kind: type[Net]) -> None:
 
 def test_a_statistic_that_a_branch_reads_keeps_them() -> None:
     said = trace(noisy(Before), X).skipped["first"]
-    assert said.startswith("h.detach().norm(dim=1, keepdim=True) in Before.between (line ")
-    line = int(re.search(r"\(line (\d+) of test_unrun.py\), which example_inputs do not", said)[1])
+    assert said.startswith("h.detach().norm(dim=1, keepdim=True), which Before.between (line ")
+    line = int(re.search(r"\(line (\d+) of test_unrun.py\) reads where example_inputs do not", said)[1])
     assert "inverse.clamp" in linecache.getline(__file__, line)
 
 

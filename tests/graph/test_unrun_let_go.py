@@ -2,6 +2,7 @@
 channels go, and what is left computes the same in them."""
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,19 @@ class Flagged(Net):
     def between(self, h: Tensor) -> Tensor:
         h = h - h.mean(1, keepdim=True) if self.shared else h
         return h.softmax(1) if getattr(self, "shared", True) and len(h) > 7 else h
+
+
+class Configured(Net):
+    """A flag of what the constructor kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(shared=False)
+
+    def between(self, h: Tensor) -> Tensor:
+        if self.config.shared:
+            h = h - h.mean(1, keepdim=True)
+        return h
 
 
 class Share(Net):
@@ -133,6 +147,16 @@ class Thirds(Attention):
         return torch.cat([-h[..., 2:], h[..., :2]], -1) if self.other else h
 
 
+class Averaged(Net):
+    """Over places, before the branch: the variable holds channels there, behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu().flatten(2).mT
+        h = h.mean(1)
+        y = self.second(h[..., None, None]).flatten(1)
+        return 2 * y if self.other else y
+
+
 class SameLayer(Net):
     """The layer that reads them is called, with or without one that holds nothing before it."""
 
@@ -147,8 +171,8 @@ class SameLayer(Net):
         return self.second(h).mean((2, 3))
 
 
-@pytest.mark.parametrize("kind", [Positions, SomethingElse, Thirds, SameLayer, Chosen, Flagged, Share, Both,
-                                  SummedWithOwn, OfRows])
+@pytest.mark.parametrize("kind", [Positions, SomethingElse, Thirds, SameLayer, Chosen, Flagged, Configured, Share, Both,
+                                  SummedWithOwn, OfRows, Averaged])
 def test_what_means_something_else_does_not(kind: type[Net]) -> None:
     model: Any = noisy(kind)
     scores = fastscore.score(model, [X], progress=False)

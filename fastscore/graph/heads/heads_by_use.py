@@ -221,11 +221,10 @@ def _is_whole(run: Run, group: ChannelGroup, columns: Tensor, count: int) -> boo
 
 
 def _in_step(module: nn.Module, name: str, of_channel: Tensor) -> Tensor:
-    """Of a convolution whose groups are of several heads each, the heads, bool, of channels at the same place of each
-    group, of which as many go: its groups stay as wide as each other. None of any other layer."""
+    """Of a grouped convolution the heads, bool, of channels at the same place of each group, of which as many go: its
+    groups stay as wide as each other. None of any other layer."""
     groups = groups_of(module.get_submodule(name.rpartition(".")[0]))
-    of_group = of_channel.unflatten(0, (groups, -1))
-    return of_group.any(0) if groups > 1 and bool((of_group.any(1).sum(1) > 1).any()) else of_channel[:0]
+    return of_channel.unflatten(0, (groups, -1)).any(0) if groups > 1 else of_channel[:0]
 
 
 def _is_layer(module: nn.Module, name: str) -> bool:

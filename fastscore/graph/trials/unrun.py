@@ -155,8 +155,10 @@ def _may_be(frame: FrameType, test: ast.expr, answer: bool) -> bool:
     if isinstance(test, ast.BoolOp):
         some = all if isinstance(test.op, ast.And) is answer else any
         return some(_may_be(frame, each, answer) for each in test.values)
-    flag = flag_in(test)
-    decided = flag is None or (flag != "training" and flag in getattr(frame.f_locals.get("self"), "__dict__", ()))
+    decided = True
+    if (flag := flag_in(test)) is not None:
+        owner = value_of(flag[0], frame.f_locals, frame.f_globals)
+        decided = flag[1] != "training" and flag[1] in getattr(owner, "__dict__", ())
     if isinstance(test, ast.Compare) and any(isinstance(getattr(each, "value", None), float)
                                              for each in test.comparators):  # what counts channels may become less
         decided = isinstance(value_of(test.left, frame.f_locals, frame.f_globals), float)
@@ -244,6 +246,7 @@ def _meets_others(mode: Beside, frame: FrameType, use: Use, key: Key, dims: Dims
 def _reason(use: Use) -> str:
     """What code says that no example runs."""
     code = use.function.__code__
-    return f"{ast.unparse(use.node)} in {use.function.__qualname__} (line {use.position[0]} of " \
-           f"{Path(code.co_filename).name}), which example_inputs do not come to, " \
+    at = f"{use.function.__qualname__} (line {use.position[0]} of {Path(code.co_filename).name})"
+    what = f", which {at} reads where" if use.is_before else f" in {at}, which"
+    return f"{ast.unparse(use.node)}{what} example_inputs do not come to, " \
            f"{'would be something else of fewer' if use.by is None else 'takes all its'} {_WAY_OUT}"
