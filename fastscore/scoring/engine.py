@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 
 from fastscore.arguments import check_callable
 from fastscore.batches.calls import Forward, call_model
-from fastscore.batches.parts import MASK, Batch, few_samples, first_input, mappings
+from fastscore.batches.parts import MASK, Batch, can_be_cut, few_samples, first_input, mappings
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.fastpath.graphs import Graphs
 from fastscore.fastpath.precision import WRONG, wrong_convolutions
@@ -22,6 +22,7 @@ from fastscore.graph.scored_units import Units, among, named
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials import draws
 from fastscore.graph.trials.companions import TOGETHER
+from fastscore.graph.trials.trial_inputs import batch_of
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
@@ -164,8 +165,9 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
             channels = replace(channels, samples=replace(channels.samples, followed=False))
         several = len(first_input(data.first)) > 1 and not channels.samples.one
         totals = Totals(eval_model, channels, origin, ignore, several=several)
+        alone = len(first_input(example)) < 2 and not channels.samples.one and can_be_cut(data.first)
         prepared = prepare(eval_model, totals.taps(traceable=True), channels.normalized_by, example, forward, precision,
-                           compile, few_samples(data.first, 2) if several and forward is call_model else None)
+                           compile, batch_of(data.first, 2) if alone else None)
         if wrong := wrong_convolutions(prepared.copy, prepared.observation.inputs, prepared.dtype):
             warnings.warn(WRONG.format(", ".join(wrong)), stacklevel=3)
         same = run_fingerprint(model, asdict(totals.origin), probes=probes, ignored=sorted(ignore), loss=loss,

@@ -106,6 +106,16 @@ def test_scores_and_repairs_are_right(kind: type[Net], format: torch.memory_form
     assert small.second.weight.is_contiguous(memory_format=format)
 
 
+@pytest.mark.parametrize("forward", [None, lambda model, batch: model(batch)])
+def test_a_first_batch_of_one_sample_says_nothing_of_the_next(forward: Any) -> None:
+    """A view can join channels with one sample, and not with two."""
+    model, options = noisy(Joined), {"progress": False} if forward is None else {"progress": False, "forward": forward}
+    with untouched(model):
+        scores = fastscore.score(model, [X[:1], X[1:]], **options)
+    for name, expected in fastscore.score(model, [X], **options).items():
+        torch.testing.assert_close(scores[name], expected)
+
+
 def test_only_what_cannot_be_otherwise_is_slower() -> None:
     """Convolutions keep the format that is fast where the model's code takes it."""
     plans = {kind: score(noisy(kind), [X], progress=False).plan for kind in (Net, Viewed, Filter)}
