@@ -1,10 +1,13 @@
 """Names that the code of a module has for its own attributes."""
 
 import ast
+import dis
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TypeGuard
+
+from fastscore.modules.reachable_code import functions_in, is_torchs
 
 
 def is_own(node: ast.AST, owner: str) -> TypeGuard[ast.Attribute]:
@@ -13,23 +16,23 @@ def is_own(node: ast.AST, owner: str) -> TypeGuard[ast.Attribute]:
 
 
 class Spelled(ast.NodeTransformer):
-    """Has code take attributes of its module where it takes names that it has set to them, once: `heads = self.heads`,
-    or `b, n, c, heads = *x.shape, self.heads`."""
+    """Has code take counts of heads of its module where it takes names that it has set to them, once: `heads =
+    self.heads`, or `b, n, c, heads = *x.shape, self.heads`. What else a name stands for may be another thing later.
 
-    def __init__(self, function: ast.FunctionDef, owner: str) -> None:
-        set_to = Counter(argument.arg for argument in ast.walk(function) if isinstance(argument, ast.arg))
-        stored = set[str]()
-        named = dict[str, ast.Attribute]()
-        for node in ast.walk(function):
-            if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-                set_to[node.id] += 1
-            if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
-                stored.add(node.attr)
-        for statement in function.body:
-            for name, value in _assigned(statement) if isinstance(statement, ast.Assign) else ():
-                if is_own(value, owner):
-                    named[name] = value
-        self._named = {name: value for name, value in named.items() if set_to[name] == 1 and value.attr not in stored}
+    cls: whose method it is. counts: what such attributes are usually called; what code divides by is one, too.
+    """
+
+    def __init__(self, function: ast.FunctionDef, owner: str, cls: type, counts: Collection[str]) -> None:
+        nodes = list(ast.walk(function))
+        set_to = Counter(each.arg for each in nodes if isinstance(each, ast.arg)) + Counter(
+            each.id for each in nodes if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Load))
+        divisors = {each.right.id for each in nodes if isinstance(each, ast.BinOp)
+                    and isinstance(each.op, ast.FloorDiv) and isinstance(each.right, ast.Name)}
+        self._named = {
+            name: value for statement in function.body if isinstance(statement, ast.Assign)
+            for name, value in _assigned(statement)
+            if is_own(value, owner) and (value.attr in counts or name in divisors) and set_to[name] == 1
+            and not _changes(cls, value.attr)}
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         """The attribute, or the name as it is."""
@@ -47,3 +50,12 @@ def _assigned(statement: ast.Assign) -> Iterator[tuple[str, ast.expr]]:
                                               and not isinstance(pair[1], ast.Starred), pairs):
             if isinstance(one, ast.Name):
                 yield one.id, other
+
+
+def _changes(cls: type, attribute: str) -> bool:
+    """Whether an attribute may be another thing after a method has run: a class computes it, or a method sets it."""
+    kinds = [kind for kind in cls.__mro__ if not is_torchs(kind)]
+    return any(hasattr(vars(kind).get(attribute), "__get__") for kind in kinds) or any(
+        instruction.opname in ("STORE_ATTR", "DELETE_ATTR") and instruction.argval == attribute
+        for kind in kinds for name, value in vars(kind).items() if name != "__init__"
+        for function in functions_in(value) for instruction in dis.get_instructions(function.__code__))

@@ -171,7 +171,7 @@ def _rewritten(cls: type[nn.Module], name: str) -> tuple[CodeType | None, dict[s
         return None, {}
     function.decorator_list = []
     x, owner = function.args.args[1].arg, function.args.args[0].arg
-    Spelled(function, owner).visit(function)
+    Spelled(function, owner, cls, COUNTS).visit(function)
     divisors = _divisors(function, owner, x)
     hands_on = [node.func.attr for node in ast.walk(function) if isinstance(node, ast.Call) and node.args
                 and is_own(node.func, owner) and isinstance(node.args[0], ast.Name) and node.args[0].id == x]
