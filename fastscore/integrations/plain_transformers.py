@@ -196,8 +196,8 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
         if not isinstance(module, NarrowedNorm):
             continue
         norm = norm_of(module)
-        if not isinstance(norm, ChannelNorm) or norm.centered or norm.place != "inside" or norm.fewer != 0 or \
-                module.width is None or module._parameters.get(norm.gain) is None:
+        if not isinstance(norm, ChannelNorm) or norm.centered or norm.spread or norm.place != "inside" or \
+                norm.fewer != 0 or module.width is None or module._parameters.get(norm.gain) is None:
             raise _DenseNormError(name)
         ratio = 1 + module.lost / module.width
         weight = module.get_parameter(norm.gain).detach()

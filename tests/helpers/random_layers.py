@@ -12,20 +12,21 @@ from torch import Tensor, nn
 
 class OverChannels(nn.Module):
     """A normalisation over the channels of an image, by its definition, and an activation behind it that it holds, or
-    none. gate: of each sample's channels, [N, C], where they count: None for all ones."""
+    none. gate: of each sample's channels, [N, C], where they count: None for all ones. spread: whether it is divided by
+    how far it is from its mean, which it keeps where it is not centered."""
 
-    def __init__(self, centered: bool, width: int, activation: nn.Module | None = None) -> None:
+    def __init__(self, centered: bool, width: int, activation: nn.Module | None = None, spread: bool = False) -> None:
         super().__init__()
         self.act = activation
-        self.centered, self.eps, self.gate = centered, 0.1, None
+        self.centered, self.spread, self.eps, self.gate = centered, spread, 0.1, None
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if centered else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same."""
         counted = x if self.gate is None else x * self.gate[:, :, None, None]
-        mean = counted.mean(1, keepdim=True) if self.centered else 0.0
-        y = (x - mean) / ((counted - mean).square().mean(1, keepdim=True) + self.eps).sqrt()
+        mean = counted.mean(1, keepdim=True) if self.centered or self.spread else 0.0
+        y = (x - mean if self.centered else x) / ((counted - mean).square().mean(1, keepdim=True) + self.eps).sqrt()
         y = y * self.weight[:, None, None]
         y = y if self.bias is None else y + self.bias[:, None, None]
         return y if self.act is None else self.act(y)
@@ -107,10 +108,11 @@ class Layers(Generating):
         return {self.owned: 5, self.over_channels: 4, self.swapped: 4, self.attended: 4}
 
     def over_channels(self) -> int | None:
-        """A LayerNorm or RMSNorm, some with an activation inside."""
+        """A LayerNorm, RMSNorm or SimpleNorm, some with an activation inside."""
         drawn = self.rng.random()
         activation = nn.SiLU() if drawn % 0.2 < 0.1 else None
-        return self.counting("over channels", lambda width: OverChannels(drawn < 0.6, width, activation))
+        return self.counting("over channels", lambda width: OverChannels(drawn < 0.6, width, activation,
+                                                                            drawn > 0.8))
 
     def attended(self) -> int | None:
         """PyTorch's own attention of pixels to each other, or to those of another value."""

@@ -57,6 +57,8 @@ WAYS: dict[str, tuple[tuple[str, ...], tuple[int, ...], Way]] = {
     "var": (("beta", "gamma"), (WIDTH,), lambda m, x: m.gamma * _less(x) / (x.var(-1, keepdim=True) + 1e-3).sqrt()
             + m.beta),
     "layer_norm": (("shift", "factor"), (WIDTH,), lambda m, x: F.layer_norm(x, (x.shape[-1],), m.factor, m.shift)),
+    "simple": (("g",), (WIDTH,), lambda m, x: x * torch.rsqrt(x.var(-1, keepdim=True) + m.eps) * m.g),
+    "of its spread": (("g", "b"), (WIDTH,), lambda m, x: x / (_less(x).norm(dim=-1, keepdim=True) + 1e-3) * m.g + m.b),
     "images": (("g", "b"), (1, WIDTH, 1, 1), lambda m, x: _less(x, 1) / (_squares(_less(x, 1), 1) + 1e-3).sqrt() * m.g
                + m.b),
     "sequences": (("g",), (1, WIDTH, 1), lambda m, x: F.normalize(x, dim=1) * m.g * m.d ** 0.5),

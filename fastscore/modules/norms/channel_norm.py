@@ -23,6 +23,7 @@ class ChannelNorm:
         fewer: by how much less than the width squares are divided: 1 in torch.std(); None where they are summed.
         gain, shift: the parameters that they are, by their names, if there are.
         factor: a number of the code's own.
+        spread: whether squares are of how far x is from its mean, which it keeps unless it is centered (SimpleNorm).
     """
 
     dim: int
@@ -34,23 +35,29 @@ class ChannelNorm:
     gain: str = "weight"
     shift: str = "bias"
     factor: float = 1.0
+    spread: bool = False
+
+    @property
+    def _has_mean(self) -> bool:
+        return self.centered or self.spread
 
     @property
     def ignores_width(self) -> bool:
         """Whether it computes of some channels alone what it does of these beside zeros."""
-        return not self.centered and self.fewer is None
+        return not self._has_mean and self.fewer is None
 
     def _divisor(self, dense_width: int) -> int:
         return 1 if self.fewer is None else dense_width - self.fewer
 
     def statistics(self, x: Tensor, dense_width: int) -> tuple[Tensor, Tensor]:
         """(x less the mean where it is taken off, what that is multiplied by), of x in float32 or wider."""
-        x, squares = self._squares(x, dense_width)
-        return x, self._scale(squares)
+        away, squares = self._squares(x, dense_width)
+        return away if self.centered else x, self._scale(squares)
 
     def _squares(self, x: Tensor, dense_width: int) -> tuple[Tensor, Tensor]:
+        """(what is squared, the mean of its squares)."""
         divisor = self._divisor(dense_width)
-        if not self.centered:
+        if not self._has_mean:
             return x, x.square().sum(self.dim, keepdim=True) / divisor
         mean = x.sum(self.dim, keepdim=True) / dense_width
         x = x - mean
@@ -88,14 +95,13 @@ class ChannelNorm:
 
     def gradient_of_statistics(self, x: Tensor, g: Tensor, gain: Tensor | None, dense_width: int) -> Tensor:
         """The gradient of x through mean and mean square alone, from that of the output: of x's shape and dtype."""
-        centered, squares = self._squares(wide(x), dense_width)
+        away, squares = self._squares(wide(x), dense_width)
         scale = self._scale(squares)
         g = wide(g) * self.factor if self.factor != 1 else wide(g)
         if gain is not None:
             g = g * self.along_channels(gain + self.offset if self.offset else gain)
-        normalized = centered * scale
-        through = normalized * (g * normalized).sum(self.dim, keepdim=True) * self._steepness(squares, scale) / \
-            -self._divisor(dense_width)
+        by_scale = (g * (away if self.centered else wide(x))).sum(self.dim, keepdim=True) * scale.square()
+        through = away * by_scale * self._steepness(squares, scale) / -self._divisor(dense_width)
         if self.centered:
             through = through - g.sum(self.dim, keepdim=True) * (scale / dense_width)
         return through.to(x.dtype)

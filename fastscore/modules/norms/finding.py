@@ -24,6 +24,7 @@ _SHAPES: Mapping[int, Sequence[tuple[int, ...]]] = {  # of one sample; -1 stands
     -1: ((3, -1), (3, 4, -1), (-1,)), 1: ((-1, 5), (-1, 3, 4)), -3: ((-1, 3, 4),), -2: ((-1, 5),)}
 _SMALL = 1e-30  # of inputs beside which eps is all that counts; float32 holds them
 _DIMS = (-1, -3, -2)
+_OF_MEANS = (True, False), (False, False), (False, True)  # whether it is centered, and whether it is spread
 _PLACES: tuple[Literal["inside", "added", "least"], ...] = "inside", "added", "least"
 
 
@@ -193,11 +194,11 @@ def _of_channels(trial: _Trial, module: nn.Module, of_any_size: bool = False) ->
     """What a module may compute that makes the same of an input twice as large: the likeliest first. of_any_size:
     numbers of its code's own may multiply it."""
     eps: list[float | None] = list(_epsilons(module)) or [None]
-    for (gain, shift), centered in itertools.product(trial.names, (True, False)):
+    for (gain, shift), (centered, spread) in itertools.product(trial.names, _OF_MEANS):
         for offset in (0.0, 1.0) if gain else (0.0,):
             for value in eps if not of_any_size else ():
-                yield ChannelNorm(trial.dim, centered, offset, value, gain=gain, shift=shift)
-            plain = ChannelNorm(trial.dim, centered, offset, 0.0, gain=gain, shift=shift)
+                yield ChannelNorm(trial.dim, centered, offset, value, gain=gain, shift=shift, spread=spread)
+            plain = ChannelNorm(trial.dim, centered, offset, 0.0, gain=gain, shift=shift, spread=spread)
             little = trial.of_little(plain)
             for place, fewer in itertools.product(_PLACES, (0, 1, None)):
                 values = eps if place != "inside" or fewer != 0 or of_any_size else []
