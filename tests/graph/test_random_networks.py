@@ -178,6 +178,12 @@ def test_network_of_views(seed):
     check(generate(seed, views=True))
 
 
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT // 4))
+def test_network_of_attentions(seed):
+    """Windows with a table of biases, rotary tables, heads that read each other: see random_heads."""
+    check(generate(seed, attentions=True))
+
+
 def as_offered(network: RandomNetwork, graph: ChannelGraph) -> RandomNetwork:
     """The network, where what the code takes to be as wide goes together channel by channel, as the graph has it."""
     tied, found = unify(network.alike), list[set[int]]()

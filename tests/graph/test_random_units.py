@@ -133,10 +133,10 @@ def test_dimensions_of_heads(seed: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("kinds", [False, True])
-def test_whole_heads_and_their_dimensions(seed: int, kinds: bool) -> None:
-    """PyTorch's own attention, and attention whose projections are layers."""
-    network = generate(seed, more=not kinds, kinds=kinds)
+@pytest.mark.parametrize("kind", ["more", "kinds", "attentions"])
+def test_whole_heads_and_their_dimensions(seed: int, kind: str) -> None:
+    """PyTorch's own attention, attention whose projections are layers, in windows, turned, and of heads that talk."""
+    network = generate(seed, **{kind: True})
     check(network, "heads_and_dims", lambda graph: tuple(
         group for group in scored_units.of_graph(network.model, graph, "heads_and_dims").groups
         if any(group.role("heads", "head_dims"))))

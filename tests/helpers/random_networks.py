@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from networks import randomize
+from random_heads import Attentions
 from random_kinds import Kinds
 from random_layers import Layers
 from random_mixers import Mixers
@@ -16,18 +17,18 @@ from torch import Tensor, nn
 
 
 def generate(seed: int, length: int | None = None, more: bool = False, kinds: bool = False,
-             alike: bool = False, views: bool = False) -> RandomNetwork:
+             alike: bool = False, views: bool = False, attentions: bool = False) -> RandomNetwork:
     """The network of this seed, always the same. more: of the steps of random_layers, too. kinds: of those of
     random_kinds and random_mixers. alike: code between two layers takes the widths of both to be the same. views:
-    of those of random_views."""
-    return _Generator(seed, more, kinds, alike, views).build(length)
+    of those of random_views. attentions: of those of random_heads."""
+    return _Generator(seed, more, kinds, alike, views, attentions).build(length)
 
 
-class _Generator(Steps, Layers, Kinds, Mixers, Views):
+class _Generator(Steps, Layers, Kinds, Mixers, Views, Attentions):
     def __init__(self, seed: int, more: bool = False, kinds: bool = False, alike: bool = False,
-                 views: bool = False) -> None:
+                 views: bool = False, attentions: bool = False) -> None:
         self.seed, self.rng, self.more, self.with_kinds = seed, random.Random(seed), more, kinds
-        self.alike, self.with_views = alike, views
+        self.alike, self.with_views, self.with_attentions = alike, views, attentions
         self.parent: list[int] = []
         self.steps: list[Step] = []
         self.layers: dict[str, nn.Module] = {}
@@ -115,6 +116,7 @@ class _Generator(Steps, Layers, Kinds, Mixers, Views):
             options |= self.own_layers() if self.more else {}
             options |= {**self.kinds(), **self.mixers()} if self.with_kinds else {}
             options |= dict(self.views()) if self.with_views else {}
+            options |= dict(self.attentions()) if self.with_attentions else {}
             options |= {self.as_wide: 12} if self.alike else {}
             for step in self.rng.choices(list(options), list(options.values()), k=length or self.rng.randrange(4, 14)):
                 step()
