@@ -13,6 +13,7 @@ from fastscore.wording import counted
 
 HELD_OUT = 8  # one of so many samples judges and is never trained on
 OF_FEW = (4, 2)  # of so many where none would: samples are told by content, so that chance may leave none of a few
+ENOUGH = 16  # samples that differ: that none of them judges, or all do, is one chance in 65,536
 JUDGES = 512  # as many of these are looked at, at most
 
 
@@ -65,9 +66,7 @@ class TrainingBatches:
             if found or not read:
                 break
         if not found:
-            raise ValueError("batches: there is none, or none that holds a sample" if not read else
-                             f"batches: they hold {counted(read, 'sample')}, too few for some to be held out to judge "
-                             "by; give more, or held_out=")
+            raise ValueError(_too_few(read, "none is held out to judge by"))
         return found[self._rank::self._size]
 
     def _judging(self) -> tuple[list[Batch], int]:
@@ -95,12 +94,14 @@ class TrainingBatches:
         number = start.before
         for epoch in itertools.count(start.epoch):
             self._seed_with(epoch)
-            digest, before = "", number
+            digest, before, read, left = "", number, 0, 0
             for index, batch in enumerate(self._batches, 1):
                 state = torch.get_rng_state()  # of which a loader may draw between its batches
                 batch = self._without_labels(batch)
                 digest = digest_of(digest, batch) if self._digests else ""
+                read += samples_in(batch)
                 batch = self._to_train_on(batch)
+                left += samples_in(batch)
                 if rows_in(batch) < least:
                     continue
                 number += 1
@@ -113,8 +114,13 @@ class TrainingBatches:
                     yield batch, position
                     torch.set_rng_state(state)
             if number == before:
-                raise ValueError(f"batches: none has {least} samples to train on" if least > 1 else
-                                 "batches: none has a sample to train on")
+                out = read - left
+                raise ValueError(
+                    _too_few(read, "all are held out to judge by, as those are that hold the same") if not left else
+                    f"batches: none has {least} samples to train on, as BatchNorm needs: " + (
+                        f"{out} of {counted(read, 'sample')} judge{'s' * (out == 1)} and {'is' if out == 1 else 'are'} "
+                        f"not trained on; give larger batches, of {ENOUGH} or more, or held_out=" if out else
+                        "give larger ones"))
 
     def _to_train_on(self, batch: Batch) -> Batch:
         if self._held_out is not None:
@@ -127,6 +133,12 @@ class TrainingBatches:
 
     def _seed_with(self, epoch: int) -> None:
         torch.manual_seed(self._seed + epoch)
+
+
+def _too_few(read: int, what: str) -> str:
+    return "batches: there is none, or none that holds a sample" if not read else \
+        f"batches: they hold {counted(read, 'sample')}, of which, by what they hold, {what}; give {ENOUGH} or more " \
+        "that differ, or held_out="
 
 
 @dataclass(frozen=True)

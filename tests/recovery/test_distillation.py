@@ -16,7 +16,7 @@ import fastscore
 from fastscore.recovery.distillation import distill
 from fastscore.recovery.distillation_run import Objective
 from fastscore.recovery.held_out import held_out_rows
-from fastscore.recovery.training_batches import HELD_OUT, TrainingBatches
+from fastscore.recovery.training_batches import ENOUGH, HELD_OUT, TrainingBatches
 
 
 class Fewer(nn.Module):
@@ -225,11 +225,27 @@ def test_some_of_a_few_samples_judge_too(count: int) -> None:
         assert trained | judged == set(images[:, 0, 0, 0].tolist())
 
 
-def test_a_single_sample_is_too_few() -> None:
-    one = next(images for seed in range(200)
-               if not held_out_rows(images := seeded(partial(torch.randn, 1, 3, 2, 2), seed), 2).any())
-    with pytest.raises(ValueError, match="batches: they hold 1 sample, too few for some to be held out"):
-        distill(network(), network(1, 8), [one], steps=2, **QUIET)
+@pytest.mark.parametrize(("count", "held_out", "said"), [
+    (1, 0, "they hold 1 sample, of which, by what they hold, none is held out"),
+    (3, 0, "they hold 3 samples, of which, by what they hold, none is held out"),
+    (1, 1, "they hold 1 sample, of which, by what they hold, all are held out"),
+    (2, 2, "they hold 2 samples, of which, by what they hold, all are held out"),
+    (2, 1, "none has 2 samples to train on, as BatchNorm needs: 1 of 2 samples judges and is not trained on"),
+    (4, 3, "none has 2 samples to train on, as BatchNorm needs: 3 of 4 samples judge and are not trained on")])
+def test_too_few_samples(count: int, held_out: int, said: str) -> None:
+    """They are told by content, so that of a few none may judge, or all; of as many as the error asks for, some do."""
+    few = next(images for seed in range(200)
+               if held_out_rows(images := seeded(partial(torch.randn, count, 3, 2, 2), seed), 2).sum() == held_out
+               and not held_out_rows(images, 4).any())
+    smaller = network(1, 8)
+    before = state(smaller)
+    with pytest.raises(ValueError, match=rf"^batches: {said}.* {ENOUGH} or more.*, or held_out=$"):
+        distill(network(), smaller, [few], steps=2, **QUIET)
+    assert same(state(smaller), before)
+    distill(network(), smaller, [IMAGES[:ENOUGH]], steps=2, **QUIET)
+    distill(network(), smaller, [few.repeat(2, 1, 1, 1)], held_out=[few], steps=2, **QUIET)
+    with pytest.raises(ValueError, match=r"as BatchNorm needs: give larger ones$"):
+        distill(network(), smaller, [few[:1]], held_out=[few], steps=2, **QUIET)
 
 
 def test_held_out_samples_of_ones_own() -> None:
