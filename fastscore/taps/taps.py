@@ -95,6 +95,7 @@ class Taps:
             handle.remove()
         self._handles.clear()
         self._owners.clear()
+        self._placed.clear()
         self._unseen.clear()
         self.flush()
         self.current = None

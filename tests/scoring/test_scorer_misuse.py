@@ -1,6 +1,8 @@
 """A scorer used wrongly says so, and counts nothing that was not measured whole."""
 
+import gc
 import math
+import weakref
 from typing import Literal
 
 import pytest
@@ -142,3 +144,53 @@ def test_a_layer_that_is_replaced_meanwhile_is_named(gradient: Literal["loss", "
             measure()
     assert scorer.scores().samples == 5
     model(x).sum().backward()
+
+
+class Around(nn.Module):
+    """As an adapter is."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.beside = layer, nn.Linear(layer.in_features, layer.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.beside(x)
+
+
+def test_what_is_put_around_a_layer_meanwhile_is_named() -> None:
+    """It may read channels, too, past the tap."""
+    model, x = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, 3)), torch.randn(5, 4)
+    scorer = Scorer(model, x)
+    with scorer:
+        model[1] = Around(model[1])
+        with pytest.raises(RuntimeError, match=r"^1: a Around was put around it since .* make one of the model as it"):
+            model(x)
+    with (scorer := Scorer(model, x)):
+        model(x).square().sum().backward()
+    twice = nn.Sequential(model[0], nn.Linear(6, 6))
+    twice[1].weight.data, twice[1].bias.data = (
+        torch.cat([getattr(layer, name).data for layer in (model[1].layer, model[1].beside)])
+        for name in ("weight", "bias"))
+    with Scorer(whole := nn.Sequential(twice, _Halves()), x) as expected:
+        whole(x).square().sum().backward()
+    torch.testing.assert_close(scorer.scores()["0.0"], expected.scores()["0.0.0"])
+
+
+class _Halves(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :3] + x[:, 3:]
+
+
+@pytest.mark.parametrize("importance", ["taylor-sq", "molchanov-group"])
+def test_a_scorer_that_is_detached_holds_no_layer_that_the_model_has_let_go(importance: str) -> None:
+    """It holds the model, which it may be attached to again."""
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(5, 4)
+    scorer = Scorer(model, x, importance=importance, normalize=importance == "taylor-sq")
+    with scorer:
+        model(x).square().sum().backward()
+    expected = scorer.scores()
+    held = [weakref.ref(model[0]), weakref.ref(model[2])]
+    model[0], model[2] = nn.Linear(4, 6), nn.Linear(6, 3)
+    gc.collect()
+    assert not [ref() for ref in held if ref() is not None]
+    torch.testing.assert_close(scorer.scores()["0"], expected["0"])
