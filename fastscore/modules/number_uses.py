@@ -16,13 +16,14 @@ from fastscore.modules import config_numbers, written_numbers
 from fastscore.modules.changed_source import places_of
 from fastscore.modules.lines_run import Line, Parents, are_among, has_run, outwards
 from fastscore.modules.reachable_code import ReachableCode, content, functions_in, is_torchs
+from fastscore.modules.view_sizes import dims_of, is_open, name_of, sizes_in
 
 Seed: TypeAlias = tuple[str, Any]  # "attribute", "number" or "argument", and which
 
 _SIZES = {"view", "reshape", "unflatten", "zeros", "new_zeros", "empty", "new_empty", "layer_norm", "rms_norm",
           "rearrange"}  # that a wrong number makes an error of, but for some of _VIEWS
 _VIEWS = {"view", "reshape", "unflatten"}  # of which those with a size of -1 take any number that divides
-_ZEROS = {"zeros", "new_zeros", "empty", "new_empty"}  # of another dimension than channels, by a number in the code
+_ZEROS = {"zeros", "new_zeros", "empty", "new_empty"}  # which may be of another dimension than channels
 _SEEN = {"split", "split_with_sizes", "narrow", "expand", "ones", "new_ones", "rand", "randn"}
 _SIZES_FIRST = {"zeros", "empty", "ones", "rand", "randn"}  # functions that have their sizes in the place of a tensor
 _THROUGH = {"int", "tuple", "list", "Size"}
@@ -39,12 +40,14 @@ class Uses:
     code: of the model. module, name: whose it is, and its name, as marked_numbers has it. seen: lines that have
     cut something at numbers that are marked, or made something of such a size. lines: those that have run, where runs
     have shown what becomes of the number there: then only what is decided by it counts, a comparison or a slice, which
-    they may have shown one side of, and what is computed with it elsewhere.
+    they may have shown one side of, and what is computed with it elsewhere. dims: along which it was seen to count
+    channels, and of how many.
     """
 
     def __init__(self, code: ReachableCode, module: nn.Module, name: str, seen: Collection[Line],
-                 lines: Callable[[], Collection[Line]] | None = None) -> None:
-        self._code, self._seen, self._lines = code, seen, lines
+                 lines: Callable[[], Collection[Line]] | None = None, dims: Collection[tuple[int, int]] = ()) -> None:
+        self._code, self._seen, self._lines, self._dims = code, seen, lines, {*dims}
+        self._node: ast.AST = ast.Module([], [])  # where the number stands that is followed
         self._module, attribute = config_numbers.holder(module, name)
         self._work: list[tuple[FunctionType, Seed]] = []
         self._done = set[tuple[int, Seed]]()
@@ -72,6 +75,7 @@ class Uses:
             names = set[tuple[str, bool]]()
             while nodes:
                 node, unshown = nodes.pop()  # unshown: computed with the number where nothing has run
+                self._node = node
                 for use in self._uses(function, node, parents):
                     here = unshown or (self._lines is not None and _computed(node, use, parents)
                                        and not has_run(function, node, parents, self._lines()))
@@ -88,7 +92,7 @@ class Uses:
     def _is_as_sized(self, function: FunctionType, use: ast.AST) -> bool:
         """Whether something else than a layer is called with a number, as repeat() is: of other sizes with another
         one. Of a comparison, `_decides` says all."""
-        return isinstance(use, ast.Compare) or (isinstance(use, ast.Call) and _name(use) not in _COMPUTES and not any(
+        return isinstance(use, ast.Compare) or (isinstance(use, ast.Call) and name_of(use) not in _COMPUTES and not any(
             isinstance(each, nn.Module) for each in self._objects(function, use.func) or ()))
 
     def _add(self, function: FunctionType, seed: Seed) -> None:
@@ -199,14 +203,13 @@ class Uses:
 
     def _of_call(self, function: FunctionType, node: ast.AST, call: ast.Call, parents: Parents
                  ) -> Iterator[str | ast.AST | None]:
-        name = _name(call)
+        name = name_of(call)
         of_size = name not in _SIZES | _SEEN or not call.args or node is not call.args[0] or \
             name in _SIZES_FIRST or not self._is_function(function, call.func)
         if name in _THROUGH:
             yield from self._uses(function, call, parents)
-        elif of_size and (name in _SEEN or (self._lines is None and self._seen and (
-                (name in _VIEWS and _has_open_size(call, 2 if self._times else 3)) or (
-                    name in _ZEROS and self._times)))):
+        elif of_size and (name in _SEEN or (self._lines is None and self._seen
+                                            and self._may_be_of_others(function, node, call, parents))):
             yield None if are_among(self._seen, function, call) else call
         elif name not in _SIZES | _HARMLESS or not of_size:
             called = self._objects(function, call.func)
@@ -216,6 +219,20 @@ class Uses:
                 yield call
             for each, argument in arguments:
                 self._add(each, ("argument", argument))
+
+    def _may_be_of_others(self, function: FunctionType, node: ast.AST, call: ast.Call, parents: Parents) -> bool:
+        """Whether a view or zeros with a number may be of something else than channels, and no error says so."""
+        name, sizes = name_of(call), sizes_in(call, self._is_function(function, call.func) and name_of(call) in _VIEWS)
+        tree = [node, *outwards(node, parents)][-1]
+        return name == "rearrange" or (name in _VIEWS and is_open(
+            sizes, tree, lambda size: self._objects(function, size) or ())) or (
+            name in _ZEROS and not any(map(self._counts, dims_of(self._node, sizes))))
+
+    def _counts(self, dim: tuple[int, int]) -> bool:
+        """Whether it was seen to count channels along such a dimension; of two at most, from the first or the last."""
+        number, count = dim
+        return dim in self._dims or (count <= 2 and any(number == other or number - count == other - others
+                                                        for other, others in self._dims))
 
     def _is_function(self, function: FunctionType, called: ast.AST) -> bool:
         """Whether no method is called, but a function, which has the tensor as its first argument."""
@@ -262,20 +279,6 @@ def _argument(function: FunctionType, call: ast.Call, node: ast.AST, bound: bool
     return names[at] if at < code.co_argcount else None
 
 
-def _has_open_size(call: ast.Call, least: int) -> bool:
-    """Whether a view is asked for a size of -1, and for as many as `least` in all: of two, as of y.view(-1, self.flat),
-    the other one is the width of what a layer reads, or an error follows."""
-    sizes = [size for each in call.args for size in (each.elts if isinstance(each, ast.Tuple | ast.List) else [each])]
-    return len(sizes) >= least and any(
-        isinstance(size, ast.UnaryOp) and isinstance(size.op, ast.USub) and isinstance(size.operand, ast.Constant)
-        and size.operand.value == 1 for size in sizes)
-
-
-def _name(call: ast.Call) -> str:
-    """Of the function or method that is called."""
-    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-
-
 def _in_vain(node: ast.AST, parents: Parents) -> bool:
     """Whether a value only says whether something is raised, or what, or is put into words."""
     before = node
@@ -287,7 +290,7 @@ def _in_vain(node: ast.AST, parents: Parents) -> bool:
         if isinstance(each, ast.If):
             return before is each.test and isinstance(each.body[-1], ast.Raise) and not each.orelse
         if isinstance(each, ast.Call):
-            return _name(each) in _CHECKS
+            return name_of(each) in _CHECKS
         if not isinstance(each, ast.Compare | ast.BoolOp | ast.UnaryOp | ast.BinOp):
             return False
         before = each
@@ -300,7 +303,7 @@ def _computed(node: ast.AST, use: str | ast.AST | None, parents: Parents) -> boo
         whole = isinstance(each, ast.BinOp) and not (isinstance(each.op, ast.FloorDiv)
                                                      and isinstance(each.right, ast.Constant))
         if whole or isinstance(each, ast.AugAssign) or (
-                isinstance(each, ast.Call) and _name(each) in _COMPUTES):
+                isinstance(each, ast.Call) and name_of(each) in _COMPUTES):
             return True
         if each is use or isinstance(each, ast.stmt):
             return False
@@ -310,7 +313,7 @@ def _computed(node: ast.AST, use: str | ast.AST | None, parents: Parents) -> boo
 def _decides(use: ast.AST) -> bool:
     if isinstance(use, ast.Compare):
         return not _asks_whether_repeated(use)
-    return isinstance(use, ast.Subscript) or (isinstance(use, ast.Call) and _name(use) in ("min", "max"))
+    return isinstance(use, ast.Subscript) or (isinstance(use, ast.Call) and name_of(use) in ("min", "max"))
 
 
 def _asks_whether_repeated(compare: ast.Compare) -> bool:

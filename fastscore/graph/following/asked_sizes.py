@@ -90,7 +90,8 @@ class AskedSizes:
         place = module, width.name
         if place not in self._others:
             self._code = self._code or ReachableCode(self._model, self._noted.codes)
-            self._others[place] = Uses(self._code, *place, self._noted.lines).other()
+            self._others[place] = Uses(
+                self._code, *place, self._noted.lines, dims=self._noted.dims[place]).other()
         return self._others[place]
 
 
@@ -105,6 +106,7 @@ class _Noted(TorchFunctionMode):
         self.sizes = defaultdict[int, list[Mapping[Place, Fraction]]](list)  # of views -> slopes, as Marked has them
         self.zeros = defaultdict[tuple[int, ...], list[list[Mapping[Place, Fraction]]]](list)  # shape -> the same
         self.alone = set[tuple[int, Place]]()  # numbers that cuts and zeros are asked for with, as they are at a place
+        self.dims = defaultdict[Place, set[tuple[int, int]]](set)  # along which one is a size, and of how many
         self._cut, self._whole = set[Line](), set[Line]()  # those that did, and that had a number cut nothing
         self.codes = set[Any]()
 
@@ -126,6 +128,9 @@ class _Noted(TorchFunctionMode):
             for parts in (*args[1:], *kwargs.values()) if func in SPLITS else ():
                 if isinstance(parts, tuple | list):
                     self.splits.add((tuple(map(int, parts)), _places(parts)))
+            for dim in _dims(func, args, output, {int(number) for number in numbers}):
+                for place in (place for number in numbers for place in number.slopes):
+                    self.dims[place].add((dim, _tensors(output)[0].dim()))
             stack = list(frames.outwards())
             self.codes.update(frame.f_code for frame in stack)
             at = next(frame for frame in stack if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS)
@@ -147,7 +152,7 @@ def _size(number: int) -> Marked:
     return Marked.at(number, (_TENSORS, str(int(number))))
 
 
-_OURS = ("torch", __name__.partition(".")[0])
+_OURS = ("torch", "einops", __name__.partition(".")[0])  # whose lines say nothing of a model
 
 
 def _marked(given: Any) -> Iterator[Marked]:
@@ -186,6 +191,13 @@ def _cuts(func: Any, args: Any, kwargs: Any, output: Any) -> bool:
     each = [(args[0], index) for index in _each_less(args[1])] if func is Tensor.__getitem__ else \
         [tuple(map(_less, args))]
     return all(_differs(func, less, {name: _less(value) for name, value in kwargs.items()}, output) for less in each)
+
+
+def _dims(func: Any, args: Any, output: Any, numbers: Collection[int]) -> list[int]:
+    """The dimensions that something cuts, or that it makes as large as one of some numbers."""
+    made, cut = _tensors(output)[0].shape, args[0].shape if func in (*SPLITS, *SLICES) else None
+    return [dim for dim, size in enumerate(made) if (size in numbers if cut is None else
+                                                     len(cut) == len(made) and size != cut[dim])]
 
 
 def _differs(func: Any, args: Any, kwargs: Any, output: Any) -> bool:
