@@ -226,13 +226,16 @@ class Uses:
         tree = [node, *outwards(node, parents)][-1]
         return name == "rearrange" or (name in _VIEWS and is_open(
             sizes, tree, lambda size: self._objects(function, size) or ())) or (
-            name in _ZEROS and not any(map(self._counts, dims_of(self._node, sizes))))
+            name in _ZEROS and not any(map(self._counts, dims_of(self._node, sizes, tree))))
 
     def _counts(self, dim: tuple[int, int]) -> bool:
-        """Whether it was seen to count channels along such a dimension; of two at most, from the first or the last."""
+        """Whether it was seen to count channels along such a dimension: the same from the first where modules convolve,
+        from the last where they do not; either of two at most."""
         number, count = dim
-        return dim in self._dims or (count <= 2 and any(number == other or number - count == other - others
-                                                        for other, others in self._dims))
+        whole = self._module if any(True for _ in self._module.parameters()) else self._code.model
+        convolves = any(isinstance(each, nn.modules.conv._ConvNd) for each in whole.modules())
+        return any((number == other and (convolves or count <= 2)) or (
+            number - count == other - others and (not convolves or count <= 2)) for other, others in self._dims)
 
     def _is_function(self, function: FunctionType, called: ast.AST) -> bool:
         """Whether no method is called, but a function, which has the tensor as its first argument."""

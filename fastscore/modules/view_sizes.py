@@ -28,9 +28,11 @@ def is_open(sizes: Sequence[ast.expr], tree: ast.AST, held: Callable[[ast.expr],
     return any(_may_be_open(size, tree, held, set()) for size in sizes)
 
 
-def dims_of(node: ast.AST, sizes: Sequence[ast.expr]) -> set[tuple[int, int]]:
-    """(dimension, how many there are) of which a part of some sizes is one; none where the code does not say that."""
-    if len(sizes) == 1 or any(isinstance(size, ast.Starred) for size in sizes):  # one may be all of them
+def dims_of(node: ast.AST, sizes: Sequence[ast.expr], tree: ast.AST) -> set[tuple[int, int]]:
+    """(dimension, how many there are) of which a part of some sizes is one; none where the code does not say that, as
+    of a variable that holds several. tree: the function that it stands in."""
+    if any(isinstance(size, ast.Starred) or (isinstance(size, ast.Name) and any(
+            isinstance(value, ast.Tuple | ast.List) for value in _set_to(size.id, tree))) for size in sizes):
         return set()
     return {(number, len(sizes)) for number, size in enumerate(sizes) if any(part is node for part in ast.walk(size))}
 

@@ -75,4 +75,4 @@ def test_heads_are_more_than_the_groups_that_make_them() -> None:
 def test_heads_that_are_groups_stay() -> None:
     graph = trace(noisy(lambda: Network(OfEach)), _x())
     assert {group.name for group in graph.groups} == {"embed", "mlp.0"}
-    assert all("a view divides" in graph.skipped[f"attn.{name}"] for name in ("ask", "key", "val"))
+    assert graph.skipped["attn.ask"].startswith("OfEach does not run with fewer heads")

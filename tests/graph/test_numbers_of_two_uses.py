@@ -235,7 +235,7 @@ class Guarded(Net):
         return super().forward(x)
 
     def more(self, y: Tensor) -> Tensor:
-        return y + torch.zeros(1, self.flat).new_zeros(self.flat).view(self.flat, -1).sum() * self.other.flat
+        return y + torch.zeros(1, self.flat).new_zeros(self.flat).view(self.flat, 1).sum() * self.other.flat
 
     def flops(self) -> int:
         return self.flat * 4
@@ -263,7 +263,7 @@ class OfAChild(InTheModuleAround):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.features(x)
-        return self.classifier(y.view(len(y), self.flatten.flat) if len(y) < 5 else self.flatten(y))
+        return self.classifier(self.flatten(y) if len(y) < 5 else y.view(len(y), self.flatten.flat))
 
 
 class WithoutALayer(Net):

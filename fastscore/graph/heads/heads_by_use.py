@@ -67,9 +67,11 @@ def _likely(module: nn.Module, call: Call, run: Run, sizes: Collection[int]) -> 
     run.between.clear()
     found: dict[int, ChannelGroup] = {}
     columns = torch.arange(width)
-    for across in (False, True):
+    for of_groups, across in itertools.product((False, True), repeat=2):
+        if of_groups and found:
+            break
         more = {n: group for n in counts if (n < width or n == total) and (
-            group := _group(run, columns % n if across else columns // (width // n), n)) is not None}
+            group := _group(run, columns % n if across else columns // (width // n), n, of_groups)) is not None}
         found |= {n: group for n, group in more.items() if n not in found or units_of(group) > units_of(found[n])}
         if any(units_of(group) == n for n, group in found.items()):
             break  # each head can go without any other
@@ -140,9 +142,9 @@ def _talking(module: nn.Module, call: Call, run: Run, count: int) -> ChannelGrou
     return group if group is not None and units_of(group) == count else None
 
 
-def _group(run: Run, of_column: Tensor, count: int) -> ChannelGroup | None:
+def _group(run: Run, of_column: Tensor, count: int, of_groups: bool = False) -> ChannelGroup | None:
     """The heads, if the inputs of the layer that reads them belong to `count` heads as `of_column` says, int64; None
-    where no two can go apart."""
+    where no two can go apart. of_groups: whether a group of a convolution may be a head, and nothing else of it."""
     tensors = dict(run.parameters) | {f"{name}.": ones for name, ones in run.norms.items()}
     shows = {name: [torch.zeros(size, count, dtype=torch.bool) for size in tensor.shape]
              for name, tensor in tensors.items()}  # by dimension: whether an entry shows in a head
@@ -163,12 +165,12 @@ def _group(run: Run, of_column: Tensor, count: int) -> ChannelGroup | None:
     for name, dims in along.items():
         for slices in [dims[0]] if 0 in dims and _is_layer(run.module, name) else ():
             partly = slices.sum(1) < count  # not those that all heads share
-            rows = [*slices[partly], *_in_step(run.module, name, slices & partly[:, None])]
+            rows = [*slices[partly], *_in_step(run.module, name, slices & partly[:, None], of_groups)]
             for row in (row for row in rows if row.sum() > 1):
                 joined = unit_of_head[row]
                 unit_of_head[torch.isin(unit_of_head, joined)] = joined.min()
     for name in run.read:
-        for row in _in_step(run.module, f"{name}.weight", F.one_hot(of_column, count).bool()):
+        for row in _in_step(run.module, f"{name}.weight", F.one_hot(of_column, count).bool(), of_groups):
             joined = unit_of_head[row]
             unit_of_head[torch.isin(unit_of_head, joined)] = joined.min()
     unit_of_head = torch.unique(unit_of_head, return_inverse=True)[1]
@@ -220,11 +222,13 @@ def _is_whole(run: Run, group: ChannelGroup, columns: Tensor, count: int) -> boo
     return not bool((shown[0] & shown[1])[rows].any())
 
 
-def _in_step(module: nn.Module, name: str, of_channel: Tensor) -> Tensor:
+def _in_step(module: nn.Module, name: str, of_channel: Tensor, of_groups: bool) -> Tensor:
     """Of a grouped convolution the heads, bool, of channels at the same place of each group, of which as many go: its
-    groups stay as wide as each other. None of any other layer."""
+    groups stay as wide as each other. None of any other layer; nor, where they may be `of_groups`, of one each."""
     groups = groups_of(module.get_submodule(name.rpartition(".")[0]))
-    return of_channel.unflatten(0, (groups, -1)).any(0) if groups > 1 else of_channel[:0]
+    of_group = of_channel.unflatten(0, (groups, -1))
+    in_step = groups > 1 and not (of_groups and bool((of_group.any(1).sum(1) <= 1).all()))
+    return of_group.any(0) if in_step else of_channel[:0]
 
 
 def _is_layer(module: nn.Module, name: str) -> bool:
