@@ -5,16 +5,20 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastscore.batches.parts import Batch, fields_of, first_tensor
+from fastscore.batches.parts import Batch, fields_of, tensors_of
 
 
-def check_example(batch: Batch) -> None:
-    """Raise TypeError where example_inputs hold no tensor."""
-    if first_tensor(batch) is None:
-        shown = repr(batch) if len(repr(batch)) < 60 else type(batch).__name__
-        advice = "; torch.from_numpy makes one of an array" if type(batch).__module__ == "numpy" else ""
-        raise TypeError(f"example_inputs: {shown}, where a batch is meant: a tensor [N, ...], a tuple that begins "
-                        f"with one, a dict of keyword arguments, or a dataclass{advice}")
+def check_batch(batch: Batch, argument: str, counted: bool = False) -> None:
+    """Raise TypeError, naming the argument, where a batch holds no tensor [N, ...]; counted: by its first one."""
+    check_rows(batch, argument)
+    tensors = list(tensors_of(batch))
+    if any(tensor.dim() for tensor in tensors[:1 if counted else None]):
+        return
+    shown = repr(batch) if len(repr(batch)) < 60 else type(batch).__name__
+    advice = "; torch.from_numpy makes one of an array" if type(batch).__module__ == "numpy" else \
+        "; x[None] makes one of a sample x, and samples are told by the first tensor" * bool(tensors)
+    raise TypeError(f"{argument}: {shown}, where a batch is meant: a tensor [N, ...], a tuple that begins with one, a "
+                    f"dict of keyword arguments, or a dataclass{advice}")
 
 
 def check_rows(batch: Batch, argument: str) -> None:

@@ -6,17 +6,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor, distributed
 
-from fastscore.batches.checks import check_rows
-from fastscore.batches.parts import Batch, can_be_cut, first_input, first_samples, first_tensor, map_tensors
+from fastscore.batches.checks import check_batch
+from fastscore.batches.parts import Batch, can_be_cut, first_input, first_samples, map_tensors
 
 
 def on_device(batches: Iterable[Batch], device: torch.device, samples: int | None = None) -> Iterator[Batch]:
     """The batches on `device`, without empty ones, cut off after `samples` samples."""
     left = samples
     for batch in batches:
-        check_rows(batch, "batches")
-        tensor = first_tensor(batch)
-        if tensor is not None and tensor.dim() and not len(tensor):
+        check_batch(batch, "batches", counted=True)
+        if not len(first_input(batch)):
             continue  # a loss over no sample is NaN
         batch = to_device(map_tensors(usable, batch), device)
         if left is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastscore import rng
 from fastscore.arguments import check_callable
 from fastscore.batches.calls import Forward, call_model, is_call_model, way_out
-from fastscore.batches.checks import check_example, check_rows
+from fastscore.batches.checks import check_batch, check_rows
 from fastscore.batches.devices import usable
 from fastscore.batches.outputs import OutputError, checked_forward, floating_tensors
 from fastscore.batches.parts import Batch, map_tensors
@@ -87,9 +87,7 @@ def trace(model: nn.Module, example_inputs: Batch, forward: Forward = call_model
     """
     model = unwrapped(model)
     check_callable("forward", forward, "forward(model, batch)")
-    check_rows(example_inputs, "example_inputs")
-    if is_call_model(forward):
-        check_example(example_inputs)
+    (check_batch if is_call_model(forward) else check_rows)(example_inputs, "example_inputs")
     searched, known = scored_units.searched(units), cache.get(model, example_inputs, forward, samples)
     if known is not None and searched <= known.searched:
         return known

@@ -1,6 +1,7 @@
 """curve(): how much can go? Budget against agreement, KL and the user's own metric, of the cut and of the repair."""
 
 import inspect
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import nn
 
 from fastscore.arguments import check_number
 from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.checks import check_batch
 from fastscore.batches.parts import Batch, few_samples, map_tensors
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -256,10 +258,12 @@ def example_of(batches: Iterable[Batch], given: Batch, forward: object, device: 
     only the user's `forward` knows what a sample is."""
     example = given
     if example is None:
-        example = next(iter(batches), None)
-        if example is None:
+        if not (first := list(itertools.islice(iter(batches), 1))):
             raise ValueError("batches: there is none")
-        example = few_samples(example, samples) if forward is call_model else example
+        example, = first
+        if forward is call_model:
+            check_batch(example, "batches")
+            example = few_samples(example, samples)
     return map_tensors(lambda tensor: tensor.to(device), example)
 
 

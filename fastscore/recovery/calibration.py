@@ -8,6 +8,7 @@ import torch
 from torch import distributed
 
 from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.checks import check_batch
 from fastscore.batches.devices import rank_and_size
 from fastscore.batches.parts import Batch, can_be_cut, first_tensor, map_tensors
 from fastscore.recovery.held_out import check_batches, take_rows
@@ -16,11 +17,13 @@ HELD_OUT = 4  # one of so many samples judges what the others fitted
 Part = Literal["fit", "held out", "all"]
 
 
-def share_of(batches: Iterable[Batch], device: torch.device,
-             process_group: distributed.ProcessGroup | None = None) -> Iterator[Batch]:
+def share_of(batches: Iterable[Batch], device: torch.device, process_group: distributed.ProcessGroup | None = None,
+             forward: Forward = call_model) -> Iterator[Batch]:
     """The batches that hold a sample and are this process's to read, on `device`."""
     rank, size = rank_and_size(process_group)
     for number, batch in enumerate(batches):
+        if forward is call_model:
+            check_batch(batch, "batches")
         if number % size == rank and _samples_in(batch) != 0:
             yield map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
@@ -49,7 +52,7 @@ class Calibration:
     def first(self) -> Batch:
         """The first batch that holds a sample, on the device: two samples of it where samples are counted. The same for
         every process. Raises ValueError where there is none."""
-        for batch in self._batches:
+        for batch in self._checked():
             count = _samples_in(batch)
             if count != 0:
                 self.size = count or 1
@@ -77,7 +80,7 @@ class Calibration:
     def numbered(self, part: Part, only: range | None = None) -> Iterator[tuple[int, Batch]]:
         """As `part`, each batch with its number among all. only: which of those held out."""
         seen = given = 0
-        for number, batch in enumerate(self._batches):
+        for number, batch in enumerate(self._checked()):
             count = _samples_in(batch)
             if count == 0:
                 continue
@@ -107,6 +110,12 @@ class Calibration:
             what = "sample" if self._by_sample else "batch"
             raise ValueError(f"{self._name}: there is no batch, or none that holds a sample" if not seen else
                              f"{self._name}: {seen} {what}, and one of {HELD_OUT} is held out to judge by: give more")
+
+    def _checked(self) -> Iterator[Batch]:
+        for batch in self._batches:
+            if self._by_sample:
+                check_batch(batch, self._name)
+            yield batch
 
     def _check_order(self, batch: Batch) -> None:
         tensor = first_tensor(batch)

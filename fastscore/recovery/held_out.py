@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastscore.batches.checks import check_iterable
-from fastscore.batches.parts import Batch, can_be_cut, first_tensor, map_tensors
+from fastscore.batches.checks import check_batch, check_iterable
+from fastscore.batches.parts import Batch, can_be_cut, first_input, map_tensors
 from fastscore.fingerprints import sample_ids
 from fastscore.wording import counted
 
@@ -17,8 +17,8 @@ class Part:
     is left out.
 
     batches: read anew at every reading of the part. one_of: one of so many samples is held out. shift: by which choices
-    of the same samples are independent of each other. name: what the batches are called where all of their samples
-    judge and none is left, which is an error then.
+    of the same samples are independent of each other. name: what the batches are called where none must be left
+    without a sample that does not judge, which is an error then.
     """
 
     batches: Iterable[Batch]
@@ -30,11 +30,12 @@ class Part:
     def __iter__(self) -> Iterator[Batch]:
         read = given = 0
         for batch in self.batches:
+            read += samples_in(batch, self.name or "held_out")
             rows = (held_out_rows(batch, self.one_of, self.shift) == self.judges).nonzero()[:, 0]
-            read, given = read + samples_in(batch), given + len(rows)
+            given += len(rows)
             if len(rows):
                 yield take_rows(batch, rows)
-        if self.name and read and not given:
+        if self.name and not self.judges and read and not given:
             raise ValueError(f"{self.name}: {counted(read, 'sample')}, of which all are held out to judge by, as those "
                              "are that hold the same; give more, or held_out= batches")
 
@@ -51,7 +52,7 @@ def split(batches: Iterable[Batch], held_out: Iterable[Batch] | None, one_of: in
     if held_out is not None:
         check_batches(held_out, "held_out")
         return batches, held_out
-    return Part(batches, one_of, False, name=name), Part(batches, one_of, True)
+    return Part(batches, one_of, False, name=name), Part(batches, one_of, True, name=name)
 
 
 def check_batches(given: object, name: str) -> None:
@@ -62,25 +63,21 @@ def check_batches(given: object, name: str) -> None:
                          "DataLoader")
 
 
-def rows_in(batch: Batch) -> int:
-    """How many rows the first tensor of a batch has. Raises TypeError for a batch without one."""
-    tensor = first_tensor(batch)
-    if tensor is None or not tensor.dim():
-        raise TypeError(f"batches: one is {type(batch).__name__}, in which there is no tensor [N, ...]")
-    return len(tensor)
+def rows_in(batch: Batch, name: str = "batches") -> int:
+    """How many rows the first tensor of a batch has. Raises TypeError, naming the argument, for one without rows."""
+    check_batch(batch, name, counted=True)
+    return len(first_input(batch))
 
 
-def samples_in(batch: Batch) -> int:
+def samples_in(batch: Batch, name: str = "batches") -> int:
     """How many samples a batch holds, one row each; one, where they cannot be told by rows. See rows_in."""
-    rows = rows_in(batch)
+    rows = rows_in(batch, name)
     return rows if can_be_cut(batch) else min(rows, 1)
 
 
 def held_out_rows(batch: Batch, one_of: int, shift: int = 0) -> Tensor:
     """bool [N]: the samples of a batch that judge, of so many as `samples_in` says."""
-    rows_in(batch)
-    tensor = first_tensor(batch)
-    assert tensor is not None
+    tensor = first_input(batch)
     ids = sample_ids(tensor if can_be_cut(batch) or not len(tensor) else tensor[None])
     return (ids.cpu() >> shift) % one_of == 0
 

@@ -49,7 +49,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch], *, forward: Forward 
     if not running_norms(model):
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm that keeps running statistics: there is "
                          "nothing to recalibrate")
-    recalibrate_on(model, share_of(batches, device_of(model), process_group), forward, process_group)
+    recalibrate_on(model, share_of(batches, device_of(model), process_group, forward), forward, process_group)
     return model
 
 

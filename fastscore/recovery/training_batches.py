@@ -3,9 +3,11 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from fastscore.batches.checks import check_batch
 from fastscore.batches.parts import Batch, map_tensors
 from fastscore.fingerprints import digest_of
 from fastscore.recovery.held_out import check_batches, held_out_rows, rows_in, samples_in, take_rows
@@ -59,7 +61,7 @@ class TrainingBatches:
         """The batches to judge by, of this process. Raises ValueError where there are too few samples to hold some
         out."""
         if self._held_out is not None:
-            return _Share(self._held_out, self._rank, self._size, self._without_labels)
+            return _Share(self._held_out, self._rank, self._size, partial(self._without_labels, name="held_out"))
         read = 0
         for self._one_of in (HELD_OUT, *OF_FEW):
             found, read = self._judging()
@@ -128,7 +130,9 @@ class TrainingBatches:
         rows = (~held_out_rows(batch, self._one_of)).nonzero()[:, 0]
         return take_rows(batch, rows)
 
-    def _without_labels(self, batch: Batch) -> Batch:
+    def _without_labels(self, batch: Batch, name: str = "batches") -> Batch:
+        if self._first_only:
+            check_batch(batch, name)
         return (batch[0],) if self._first_only and isinstance(batch, (tuple, list)) else batch
 
     def _seed_with(self, epoch: int) -> None:

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from networks import NETWORKS
-from refusals import RESIDUAL, X, refused, score, trained
+from refusals import RESIDUAL, X, refused, score, scored, trained
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
@@ -64,7 +66,7 @@ def test_batches_that_are_none() -> None:
     refused(TypeError, r"^batches: .*one tensor.*\[batch\]", model, lambda: score(model, X))
     refused(TypeError, r"^batches: .*\[batch\]", model, lambda: score(model, {"x": X}))
     refused(TypeError, "^batches: .*int", model, lambda: score(model, 3))
-    refused(TypeError, "^batches: .*without a tensor", model, lambda: score(model, ["a", "b"]))
+    refused(TypeError, "^batches: 'a', where a batch is meant", model, lambda: score(model, ["a", "b"]))
 
 
 @pytest.mark.parametrize("x", [torch.randn(2, 5, 8, 8).double(), torch.randn(2, 3).double(),
@@ -158,3 +160,35 @@ def test_nested_tensors_have_a_way_out(layout: torch.layout) -> None:
         refused(TypeError, r"nested tensor has no row for each sample.*to_padded_tensor\(batch, 0\.0\)", model, act)
     padded = torch.nested.to_padded_tensor(nested, 0.0)
     assert fastscore.score(model, [padded]).samples == 2
+
+
+TAKE_BATCHES: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "score": lambda model, batches: score(model, batches),
+    "prune_iteratively": lambda model, batches: fastscore.prune_iteratively(model, batches, steps=2, macs=0.6),
+    "prune": lambda model, batches: fastscore.prune(model, scored(), X, macs=0.6, calibration=batches),
+    "held_out": lambda model, batches: fastscore.prune(model, scored(), X, agreement=0.6, calibration=[X, X + 1],
+                                                       held_out=batches),
+    "recalibrate": lambda model, batches: fastscore.recalibrate(model, batches),
+    "reconstruct": lambda model, batches: fastscore.reconstruct(model, _pruned(), batches),
+    "distill": lambda model, batches: fastscore.distill(model, _pruned(), batches, steps=1),
+    "distill, held_out": lambda model, batches: fastscore.distill(model, _pruned(), [X], steps=1, held_out=batches),
+    "curve": lambda model, batches: fastscore.curve(model, scored(), batches, macs=[0.7]),
+    "compare": lambda model, batches: fastscore.compare(model, batches, macs=[0.7])}
+
+
+@cache
+def _pruned() -> Any:
+    return fastscore.prune(RESIDUAL.traced(), scored(), X, macs=0.6)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("take", TAKE_BATCHES)
+def test_a_batch_without_a_row_for_each_sample(take: str, first: bool) -> None:
+    """A tensor without dimensions, numbers, nothing: named wherever it comes, with the argument."""
+    name = "held_out" if "held_out" in take else "calibration" if take == "prune" else "batches"
+    model = trained()
+    for bad, shown, advice in ((torch.tensor(1.0), r"tensor\(1\.\)", r"x\[None\] makes one"), (1.5, "1.5", ""),
+                               (None, "None", ""), ([], r"\[\]", ""), ((1, 2), r"\(1, 2\)", ""),
+                               (numpy.ones((9, 9)), "ndarray", "torch.from_numpy makes one")):
+        refused(TypeError, f"^{name}: {shown}, where a batch is meant.*{advice}", model,
+                lambda bad=bad: TAKE_BATCHES[take](model, [bad] if first else [X, bad]))

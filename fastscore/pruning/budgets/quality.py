@@ -160,7 +160,7 @@ class Judge:
                  outputs: JudgedOutputs = None) -> None:
         self._device, self.judging, self._batches = device_of(dense), Decisions(forward, outputs), batches
         self._found: Divergence | None = None
-        self.samples = sum(samples_in(batch) for batch in batches)
+        self.samples = sum(samples_in(batch, "held_out") for batch in batches)
         if not self.samples:
             raise ValueError(f"held_out: there is no sample to judge by; give more batches (one of {HELD_OUT} samples "
                              "judges), or held_out= batches")
