@@ -1,5 +1,6 @@
 """How a model is called on a batch."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from fastscore.batches.parts import Batch, fields_of, first_tensor, map_tensors
 
+_OF_TYPES = re.compile(r"\b(data|d)?type\b|not implemented for '")  # in what PyTorch says of them
 Forward: TypeAlias = Callable[[nn.Module, Batch], Any]
 _handed_copies = set[type[nn.Module]]()
 
@@ -41,10 +43,12 @@ def call_of(batch: Batch) -> str:
 
 
 def way_out(model: nn.Module, forward: Forward, batch: Batch, error: Exception) -> str:
-    """What may explain an error of a model's on its batch: numbers of another type than its weights; else how
-    call_model called it, and how it is called otherwise. Empty where nothing new can be said."""
-    if isinstance(error, RuntimeError):  # as of types and shapes
+    """What may explain an error of a model's on its batch: of one about types, numbers of another type than its
+    weights; else how call_model called it, and how it is called otherwise. Empty where nothing new can be said."""
+    if isinstance(error, (RuntimeError, ValueError)) and _OF_TYPES.search(str(error)):
         return _other_types(model, batch)
+    if isinstance(error, RuntimeError):  # as of shapes
+        return ""
     if not is_call_model(forward) or isinstance(batch, Tensor):
         return ""
     kind, how = type(batch).__name__, "pass forward=lambda model, batch: model"

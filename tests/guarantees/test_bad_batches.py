@@ -111,9 +111,19 @@ def test_numbers_of_another_type_are_told(dtype: torch.dtype, said: str) -> None
     model = trained().float()
     refused(ValueError, rf"cannot run on example_inputs \(of score: batches\).*The batch holds {said}, and the weights "
             "are torch.float32$", model, lambda: fastscore.score(model, [X.to(dtype)]))
+
+
+@pytest.mark.parametrize(("model", "x", "dtype_told"), [
+    (nn.Linear(4, 3), torch.zeros(2, 4).double(), True),
+    (nn.GRU(4, 3), torch.zeros(2, 3, 4).double(), True),
+    (nn.Sequential(nn.Softmax(1), nn.Linear(4, 3)), torch.zeros(2, 4, dtype=torch.uint8), True),
+    (nn.BatchNorm2d(4), torch.zeros(2, 4, 3, 3).double(), True),
+    (nn.Linear(4, 3), torch.zeros(2, 5), False),
+    (nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Linear(2, 3)), torch.zeros(2, 5).double(), False)])
+def test_types_are_told_where_they_are_the_cause(model: nn.Module, x: Tensor, dtype_told: bool) -> None:
     with pytest.raises(ValueError, match="cannot run") as caught:
-        fastscore.score(model, [X[:, :2].float()])  # of another shape
-    assert "The batch holds" not in str(caught.value)
+        fastscore.score(model, [x])
+    assert ("The batch holds" in str(caught.value)) == dtype_told
 
 
 def test_a_dict_with_labels_has_a_way_out() -> None:
