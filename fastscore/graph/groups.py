@@ -7,7 +7,8 @@ on every other. Groups are found in fastscore.graph.tracing.
 import difflib
 import fnmatch
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -223,6 +224,18 @@ def norm_gates(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
                 members.append(Member(producers[name], "producer", every, every))
             groups.append(ChannelGroup(name, module.num_features, every, tuple(members)))
     return replace(graph, groups=tuple(groups), skipped={})
+
+
+def check_numbers(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+    """Raise FloatingPointError, naming it, where NaN is in a layer that a group has channels of."""
+    layers = {member.layer for group in groups for member in group.members}
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        path = name.split(".")
+        layer = next((layer for end in range(len(path), 0, -1) if (layer := ".".join(path[:end])) in layers), None)
+        if layer is not None and tensor.is_floating_point() and not tensor.is_meta and bool(tensor.isnan().any()):
+            raise FloatingPointError(f"{layer}: NaN in its {name[len(layer) + 1:] or 'numbers'}: load the model "
+                                     "again, or train and score it anew; channels that do not meet this layer go with "
+                                     f"ignore={layer!r}")
 
 
 def listed(ignore: Ignore) -> Ignore:

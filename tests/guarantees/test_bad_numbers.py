@@ -9,6 +9,8 @@ import torch
 from refusals import X, refused, score, trained
 from torch import Tensor, nn
 
+import fastscore
+
 
 def test_nan_and_infinity_name_the_layer() -> None:
     for value in (math.nan, math.inf, -math.inf):
@@ -89,3 +91,21 @@ def test_a_loss_that_is_no_scalar_of_the_output(loss: Callable[..., Any]) -> Non
     model = trained()
     refused(ValueError, "^loss: it must return a scalar tensor computed from the output", model,
             lambda: score(model, gradient="loss", loss=loss))
+
+
+@pytest.mark.parametrize(("layer", "tensor"), [("3", "weight"), ("1", "running_var")])
+def test_weights_that_are_not_numbers_are_named(layer: str, tensor: str) -> None:
+    """After scoring, as where fine-tuning went wrong: what was cut from them was no network, and nothing said so."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(),
+                          nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(20, 2))
+    x = torch.randn(4, 3, 8, 8)
+    scores = fastscore.score(model, [x], progress=False)
+    with torch.no_grad():
+        getattr(model[int(layer)], tensor)[0] = torch.nan
+    acts: tuple[Callable[..., Any], ...] = (
+        lambda **options: fastscore.prune(model, scores, x, channels=0.9, **options),
+        lambda **options: fastscore.prune(model, scores, x, channels=0.9, inplace=not options, **options),
+        lambda **options: fastscore.mask(model, scores, 0.1, x, **options).__enter__())
+    for act in acts:
+        refused(FloatingPointError, f"^{layer}: NaN in its {tensor}: .*ignore='{layer}'", model, act)
+    assert fastscore.prune(model, scores, x, channels=0.9, ignore=layer).removed.keys() <= {"3", "5"} - {layer}

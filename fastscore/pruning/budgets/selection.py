@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch, few_samples, first_tensor
 from fastscore.graph import cache, scored_units
-from fastscore.graph.groups import ChannelGraph, Ignore
+from fastscore.graph.groups import ChannelGraph, Ignore, check_numbers
 from fastscore.graph.tracing import trace
 from fastscore.pruning.budgets.costs import Costs, MacsWithout, Resource
 from fastscore.pruning.budgets.finer_steps import over, with_finer_steps
@@ -27,13 +27,16 @@ RECOUNTS = 64  # trial cuts by which a budget on MACs is met where sums over cha
 
 def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
                  ignore: Ignore) -> ChannelGraph:
-    """The groups of `model` that have scores and are not ignored. Raises ValueError for scores of another model."""
+    """The groups of `model` that have scores and are not ignored. Raises ValueError for scores of another model,
+    FloatingPointError, naming it, for NaN in a layer of theirs."""
     whole = _traced_as_scored(model, scores, example_inputs, forward)
     graph = whole.without(model, ignore)
     scored = tuple(group for group in graph.groups if group.name in scores)
     unscored = {group.name: scores.skipped.get(group.name, "no score") for group in graph.groups
                 if group.name not in scores}
-    return replace(graph, groups=scored, skipped={**graph.skipped, **unscored})
+    graph = replace(graph, groups=scored, skipped={**graph.skipped, **unscored})
+    check_numbers(model, graph.groups)
+    return graph
 
 
 def _traced_as_scored(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward) -> ChannelGraph:
