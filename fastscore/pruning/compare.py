@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.not_finite import naming_samples
 from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.graph.groups import Ignore
@@ -14,7 +15,6 @@ from fastscore.pruning.curve import Curve, Drawn, Evaluate, budgets_of, check_op
 from fastscore.recovery.calibration import HELD_OUT
 from fastscore.recovery.divergence import judged_by, mixed_of, names
 from fastscore.recovery.held_out import split
-from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.reconstruct import Method
 from fastscore.recovery.remembering_batches import RememberingBatches
 from fastscore.scoring.engine import score

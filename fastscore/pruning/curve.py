@@ -15,6 +15,7 @@ from torch import nn
 from fastscore.arguments import check_number
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.checks import check_batch
+from fastscore.batches.not_finite import naming_samples
 from fastscore.batches.parts import Batch, few_samples, map_tensors
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -27,7 +28,6 @@ from fastscore.pruning.result import PruneResult
 from fastscore.recovery.calibration import HELD_OUT
 from fastscore.recovery.divergence import Divergence, Mixed, judged_by, mixed_of, names
 from fastscore.recovery.held_out import split
-from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.reconstruct import Method
 from fastscore.recovery.remembering_batches import RememberingBatches
 from fastscore.rng import fork_rng

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.not_finite import naming_samples
 from fastscore.batches.outputs import checked_forward
 from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
@@ -54,7 +55,6 @@ from fastscore.pruning.surgery import Surgery, replay
 from fastscore.recovery.calibration import HELD_OUT
 from fastscore.recovery.decisions import JudgedOutputs
 from fastscore.recovery.held_out import check_batches, split
-from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.reconstruct import Method, reconstruct
 from fastscore.recovery.remembering_batches import RememberingBatches
 from fastscore.rng import fork_rng

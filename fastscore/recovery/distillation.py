@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastscore.arguments import check_callable, check_number, check_whole
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.devices import rank_and_size
+from fastscore.batches.not_finite import naming_samples
 from fastscore.batches.outputs import checked_forward
 from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
@@ -24,7 +25,6 @@ from fastscore.progress import bar, shown
 from fastscore.recovery.decisions import Decisions, JudgedOutputs, without_padding
 from fastscore.recovery.distillation_run import PRECISIONS, DistillationReport, DistillationRun, Loss, Objective
 from fastscore.recovery.features import FeatureMaps
-from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.optimizers import OptimizerMaker, OptimizerName, make_optimizer
 from fastscore.recovery.pruned import Pruned
 from fastscore.recovery.training_batches import TrainingBatches

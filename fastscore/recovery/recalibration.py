@@ -10,12 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.checks import check_iterable
+from fastscore.batches.not_finite import naming_samples
 from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import evaluating
 from fastscore.recovery.calibration import share_of
-from fastscore.recovery.not_finite import naming_samples
 from fastscore.rng import fork_rng
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -21,6 +21,7 @@ from torch import Tensor, distributed, nn
 
 from fastscore.arguments import check_number
 from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.not_finite import naming_samples
 from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.graph.cutting.surgery import removed_branches
@@ -41,7 +42,6 @@ from fastscore.recovery.held_out import check_batches
 from fastscore.recovery.kept import KeptPasses
 from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, Moments, layouts
-from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.pruned import Pruned
 from fastscore.recovery.recalibration import NothingToMeasure, recalibrate_on, running_norms
 from fastscore.recovery.remembering_batches import RememberingBatches

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches.calls import Forward
+from fastscore.batches.not_finite import in_batch, naming
 from fastscore.batches.parts import Batch, first_input
 from fastscore.fastpath.graphs import Graphs
 from fastscore.fastpath.prepare import Prepared
@@ -34,11 +35,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Launched:
-    """A batch whose work is on its way. flags: its numbers. passes: how many it brought to the totals. replayed: by a
-    graph, which leaves no tensor to look at."""
+    """A batch whose work is on its way. number: of the batch among all. flags: its numbers. passes: how many it brought
+    to the totals. replayed: by a graph, which leaves no tensor to look at."""
 
     totals: Totals
     batch: Batch
+    number: int
     flags: Flags
     passes: int
     replayed: bool
@@ -57,8 +59,8 @@ class BatchPasses:
         self._prepared, self._graphs, self._at_once = prepared, graphs, at_once
         self._last: _Launched | None = None
 
-    def measure(self, totals: Totals, batch: Batch) -> int:
-        """Add what the taps measure of a batch to `totals`; the number of its samples.
+    def measure(self, totals: Totals, batch: Batch, number: int = 0) -> int:
+        """Add what the taps measure of a batch, `number` among all, to `totals`; the number of its samples.
 
         Raises FloatingPointError, naming the layer, for NaN or infinity, ValueError for a loss that is not finite: of
         this batch where it is looked at at once, else of the one before. Nothing of either is added then.
@@ -66,8 +68,8 @@ class BatchPasses:
         state: Hashable = totals.next_half
         measured, replayed = self._graphs.run(lambda each: self._measure(totals, each), batch, Measured.copied, state)
         totals.append(measured.passes)
-        previous, self._last = self._last, _Launched(totals, batch, Flags(measured.numbers), len(measured.passes),
-                                                     replayed)
+        previous, self._last = self._last, _Launched(totals, batch, number, Flags(measured.numbers),
+                                                     len(measured.passes), replayed)
         self._check(previous)
         if self._at_once:
             self.finish()
@@ -105,14 +107,13 @@ class BatchPasses:
         if launched is None:
             return
         output, loss = launched.flags.read()
-        if not math.isfinite(output) and (culprit := self._first_nonfinite(launched.batch)) is not None:
-            raise FloatingPointError(culprit)
+        if not math.isfinite(output) and (culprit := self._first_nonfinite(launched)) is not None:
+            raise culprit
         if not math.isfinite(loss):
             raise ValueError(f"loss: it is {loss}; check the labels, and the model's output for NaN")
         if (layer := launched.totals.settle(launched.passes)) is not None:
-            raise FloatingPointError(self._first_nonfinite(launched.batch) or
-                                     f"{self._layer(launched) or layer}: NaN or infinity in the gradient that reaches "
-                                     "its channels")
+            raise self._first_nonfinite(launched) or FloatingPointError(
+                f"{self._layer(launched) or layer}: NaN or infinity in the gradient that reaches its channels")
 
     def _layer(self, launched: _Launched) -> str | None:
         """Where a pass that was replayed had NaN or infinity: found by running it again."""
@@ -122,11 +123,14 @@ class BatchPasses:
         again.append(self._measure(again, launched.batch).passes)
         return again.settle()
 
-    def _first_nonfinite(self, batch: Batch) -> str | None:
-        """The first layer, in the order they run, that turns finite input into NaN or infinity; None if none does."""
+    def _first_nonfinite(self, launched: _Launched) -> FloatingPointError | None:
+        """Names the samples, or the first layer, in the order they run, that turns finite input into NaN or infinity;
+        None if none does."""
+        batch = launched.batch
         tensor, model, found = first_input(batch), evaluation_copy(self._model), list[str]()
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            return "batches: NaN or infinity in the input"
+            bare, where = "batches: NaN or infinity in the input", in_batch(batch, launched.number)
+            return naming(bare, where) if where else FloatingPointError(bare)
 
         def look(name: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
             if isinstance(output, Tensor) and not torch.isfinite(output).all():
@@ -138,7 +142,7 @@ class BatchPasses:
                 module.register_forward_hook(partial(look, name))
         with torch.no_grad():
             self._forward(model, batch)
-        return found[0] if found else None
+        return FloatingPointError(found[0]) if found else None
 
 
 def _of_returned(loss: gradients.Loss | None, dim: int) -> gradients.Loss | None:

@@ -180,7 +180,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         with prepared.taps, run, shown(progress and run.rank == 0), \
                 bar("scoring", " samples", total, run.samples) as told:
             for totals, batch in run:
-                told.update(passes.measure(totals, batch))
+                told.update(passes.measure(totals, batch, run.number))
                 if samples == "auto" and _settled(totals, agreement):
                     break
             passes.finish()

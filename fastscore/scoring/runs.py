@@ -91,6 +91,7 @@ class Run:
         if self._process_group is not None:
             _check_alike(identity, self._process_group)
         self._progress = _Progress(0, "", tuple(slot.state_dict() for slot in self.slots))
+        self.number = 0  # of the batch that was read last, among all
         self._saved, self._only_when_stopped = 0, checkpoint is not None and checkpoint.only_when_stopped
         self._file = None if checkpoint is None else RunFile(
             checkpoint.path, FORM, _WHAT, {**identity, "process": [self.rank, self.size]},
@@ -109,7 +110,7 @@ class Run:
 
     def __iter__(self) -> Iterator[tuple[Totals, Batch]]:
         for number, batch in self._to_do():
-            slot = number % len(self.slots)
+            slot, self.number = number % len(self.slots), number
             counts = self._file is not None
             content = digest_of(self._progress.digest, batch) if counts and self._data.sliceable is None else ""
             yield self.slots[slot], batch

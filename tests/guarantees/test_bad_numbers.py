@@ -36,7 +36,10 @@ def test_nan_in_the_last_bias_or_in_an_operation() -> None:
 def test_nan_in_the_input() -> None:
     model, x = trained(), X.clone()
     x[2, 1] = math.nan
-    refused(FloatingPointError, "^batches: NaN or infinity in the input", model, lambda: score(model, [X, x]))
+    said = r"^batches: NaN or infinity in the input; sample {} of batch {} \(.*\) {} such a value: leave {} out$"
+    for batches, named in (([X, x], (2, 1, "holds", "it")), (iter([X, X, x]), (2, 2, "holds", "it")),
+                           ([X, torch.cat([X, x, x]), X], (6, 1, "and 1 other sample hold", "them"))):
+        refused(FloatingPointError, said.format(*named), model, lambda batches=batches: score(model, batches))
 
 
 class Loud(nn.Module):
