@@ -38,8 +38,13 @@ _REACH_SAYS = ("The shares of the MACs in layers whose outputs can go / that shr
 
 def chosen(names: list[str]) -> list[Case]:
     """The cases that the names, or patterns, stand for; all without any. Raises SystemExit for names of none."""
-    if unknown := [name for name in names if not fnmatch.filter([case.name for case in CASES], name)]:
-        raise SystemExit(f"no model is called {', '.join(unknown)}: names are {CASES[0].name} and the like")
+    there = [case.name for case in CASES]
+    if unknown := [name for name in names if not fnmatch.filter(there, name)]:
+        first = {name.partition(":")[0]: name for name in reversed(there) if ":" in name}
+        near = [name for each in unknown for name in there if each.lower() in name.lower()]
+        raise SystemExit(f"no model is called {', '.join(unknown)}: names are {there[0]} (of torchvision), "
+                         f"{', '.join(reversed(first.values()))} and the like, with * for any letters"
+                         + (f"; may be {', '.join(near[:5])}" if near else ""))
     return [case for case in CASES if not names or any(fnmatch.fnmatch(case.name, name) for name in names)]
 
 
