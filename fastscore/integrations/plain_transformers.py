@@ -62,8 +62,8 @@ def save_pretrained(pruned: nn.Module | PruneResult, folder: str | PathLike[str]
         folder: where config.json and the weights go; `type(model).from_pretrained(folder)` loads them.
 
     Returns:
-        The ordinary model that was written. It was run, and gives what the pruned one gives (to half the digits of
-        its dtype, as eps is one number for all norms).
+        The ordinary model that was written, in the dtype of the pruned one. Both were run in float32, and give the same
+        (to half its digits, as eps is one number for all norms).
 
     Raises:
         TypeError: no model of transformers.
@@ -73,14 +73,18 @@ def save_pretrained(pruned: nn.Module | PruneResult, folder: str | PathLike[str]
     model = unwrapped(pruned.model if isinstance(pruned, PruneResult) else pruned)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"pruned: {type(model).__name__} is no model of transformers: {_WAY_OUT}")
+    dtype = next(model.parameters()).dtype
     with torch.device("cpu"):  # whatever default device a user has set for tensors
-        plain = _ordinary(model)
+        # in float32: fewer digits do not tell what widths change from rounding, and norms compute with no more
+        plain = _ordinary(copy.deepcopy(model).cpu().float(), dtype)
+    plain = plain.to(dtype).train(model.training)
     plain.save_pretrained(folder)
     return plain
 
 
-def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
-    """The ordinary model, run beside the pruned one; see save_pretrained for what it raises."""
+def _ordinary(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The ordinary model, run beside the pruned one, whose numbers were of that dtype; see save_pretrained for what it
+    raises."""
     state, config = dict(model.state_dict()), copy.deepcopy(model.config)
     try:
         for name, value in _settings(model, state):
@@ -106,7 +110,10 @@ def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
                              f"{_ways(model, plain, name, wide)}")
     _scale_queries(model, plain, state)
     plain.load_state_dict(state)
-    plain = plain.to(next(model.parameters()).dtype).train(model.training)
+    buffers = dict(model.named_buffers())
+    for name, made in plain.named_buffers():  # rotary tables, which were rounded with the model
+        if (own := buffers.get(name)) is not None and torch.equal(own, made.to(dtype).to(own.dtype)):
+            made.copy_(own)
     _check_same(model, plain)
     return plain
 
@@ -266,15 +273,13 @@ def _built(model: PreTrainedModel, config: Any) -> PreTrainedModel:
 
 def _check_same(model: PreTrainedModel, plain: PreTrainedModel) -> None:
     """Raise ValueError where the two give different outputs."""
-    modes = model.training
     try:
         with torch.no_grad():
-            want, got = (each.eval().cpu()(**_inputs(model))[0] for each in (copy.deepcopy(model), plain))
+            want, got = (each.eval()(**_inputs(model))[0] for each in (model, plain))
     except Exception as error:  # inputs that transformers holds ready are not made for every model
         said = " ".join(str(error).split())
         raise ValueError(f"pruned: {type(model).__name__} cannot be run to compare it with the ordinary one "
                          f"({type(error).__name__}: {said}): {_WAY_OUT}") from error
-    plain.train(modes)
     close: float = torch.finfo(want.dtype).eps ** 0.5
     if not torch.allclose(got, want, rtol=0, atol=close * float(want.abs().max())):
         narrowed = getattr(plain.config, "hidden_size", None) != getattr(model.config, "hidden_size", None)

@@ -16,10 +16,12 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
          "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 0}
 
 
-def _pruned(kind: str, units: Any = "groups", **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+def _pruned(kind: str, dtype: torch.dtype = torch.float32, units: Any = "groups", **options: Any
+            ) -> tuple[Any, dict[str, torch.Tensor]]:
     family = {"Llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig),
               "tied Llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig),
               "Qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config),
+              "Gemma3": (transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig),
               "BERT": (transformers.BertForSequenceClassification, transformers.BertConfig)}[kind]
     sizes = {name: value for name, value in SIZES.items() if kind != "BERT" or not name.startswith(("num_key", "head"))}
     with torch.random.fork_rng(devices=[]):
@@ -27,6 +29,7 @@ def _pruned(kind: str, units: Any = "groups", **options: Any) -> tuple[Any, dict
         model = family[0](family[1](**sizes, tie_word_embeddings="tied" in kind)).eval()
         for parameter in model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
+    model.to(dtype)
     batch = {"input_ids": torch.randint(1, 40, (3, 7), generator=torch.Generator().manual_seed(1))}
     scores = fastscore.score(model, [batch], units=units, forward=forward, progress=False)
     return fastscore.prune(model, scores, batch, forward=forward, **options).model, batch
@@ -49,6 +52,31 @@ def test_from_pretrained_loads_what_was_pruned_alike_in_all_layers(kind: str, tm
     assert all(torch.equal(text, texts[0]) for text in texts)
     if kind == "tied Llama":
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_in_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """What the library's code computes in float32, whatever comes in, is no difference in float64."""
+    small, batch = _pruned("Llama", dtype, channels=0.6, scope="layer", round_to=8, compensate=False)
+    with untouched(small):
+        assert save_pretrained(small, tmp_path).dtype == dtype
+    loaded = type(small).from_pretrained(tmp_path, dtype="auto")
+    assert loaded.dtype == dtype
+    assert loaded.config.hidden_size < 32
+    with torch.no_grad():
+        want, got = (forward(each, batch) for each in (small, loaded))
+    close = 4 * torch.finfo(dtype).eps if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(got, want, rtol=0, atol=close * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_width_that_code_computes_with_is_no_rounding(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Gemma 3 scales what it embeds by the root of the hidden width; what little that changes here shows in float32."""
+    small, _ = _pruned("Gemma3", dtype, channels=0.7, scope="layer", compensate=False)
+    small.model.embed_tokens.weight.data *= 4  # beside which branches are small
+    with untouched(small), pytest.raises(ValueError, match="computes with the hidden width"):
+        save_pretrained(small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("kind", "options", "said"), [
