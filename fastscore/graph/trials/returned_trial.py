@@ -50,13 +50,15 @@ def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: R
     ways = [*([] if _are_same(left, tried) and _runs_alike(model, eval_model) else [("", run)]),
             *([(", in training,", run_as_in_training)] if training_only.code_asks(model) else []),
             *([(", with a cache,", run_with_cache)] if run_with_cache is not None else [])]
+    made: list[nn.Module] = []
     for when, way in ways:
-        if not left or not _fault(model, left, way, when, quickly=True) or not _fault(model, left, way, when) or \
+        if not left or not _fault(model, left, way, when, made) or not _fault(model, left, way, when) or \
                 _fault(model, [], way, when):
             continue  # where it fails as it is, no group is to blame
         while left and (why := _fault(model, left, way, when)):
             at, why = first_failing(left, why, partial(_fault, model, run=way, when=when))
             refused[left.pop(at).name] = why
+            made.clear()
     return replace(graph, groups=tuple(group for group in graph.groups if group.name not in refused),
                    skipped={**graph.skipped, **refused})
 
@@ -91,14 +93,21 @@ def _is_plain(value: object) -> bool:
         isinstance(value, tuple | list) and all(map(_is_plain, value)))
 
 
-def _fault(model: nn.Module, groups: Sequence[ChannelGroup], run: Run, when: str, quickly: bool = False) -> str:
-    """What a copy of `model` does without some channels of each of `groups`; nothing where it runs. quickly: with other
-    numbers than its layers make, by which code may fail that does not with those."""
-    removed = some_channels(groups, 0)
+def _fault(model: nn.Module, groups: Sequence[ChannelGroup], run: Run, when: str, made: list[nn.Module] | None = None
+           ) -> str:
+    """What a copy of `model` does without some channels of each of `groups`; nothing where it runs. made: where that
+    copy is kept, for the next way to run it, as it was before; to be quick, with other numbers than its layers make, by
+    which code may fail that does not with those."""
     small: nn.Module = model
     try:
-        small = surgery.smaller_copy(model, lambda whole: surgery.remove_channels(whole, groups, removed))
-        with torch.no_grad(), evaluating(small), likely_numbers(small) if quickly else nullcontext():
+        if made:
+            (small,) = made
+        else:
+            removed = some_channels(groups, 0)
+            small = surgery.smaller_copy(model, lambda whole: surgery.remove_channels(whole, groups, removed))
+            if made is not None:
+                made.append(small)
+        with torch.no_grad(), evaluating(small), nullcontext() if made is None else likely_numbers(small):
             run(small)
     except Exception as error:  # whatever the model's code does with a width that it does not expect
         return (f"the model that prune() would return does not{when} run with fewer channels there "
