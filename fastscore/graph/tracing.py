@@ -16,6 +16,7 @@ from fastscore.batches.devices import usable
 from fastscore.batches.outputs import OutputError, checked_forward, floating_tensors
 from fastscore.batches.parts import Batch, map_tensors
 from fastscore.default_device import keeps_own_on_cpu
+from fastscore.garbage import seldom_searched
 from fastscore.graph import (
     blocks,
     cache,
@@ -92,7 +93,7 @@ def trace(model: nn.Module, example_inputs: Batch, forward: Forward = call_model
     if known is not None and searched <= known.searched:
         return known
     searched |= known.searched if known is not None else frozenset()
-    with fork_rng(device_of(model)):
+    with fork_rng(device_of(model)), seldom_searched():
         graph = _traced_anew(model, map_tensors(_to_try, example_inputs), forward, samples, searched)
     cache.put(model, example_inputs, forward, graph, samples)
     return graph

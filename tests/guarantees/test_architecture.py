@@ -10,7 +10,7 @@ import fastscore
 ROOT = Path(fastscore.__file__).parent
 # from the bottom; names on one floor do not import each other
 FLOORS = (("wording",), ("interrupts", "ops", "files", "rng", "progress", "arguments",
-           "default_device"),
+           "default_device", "garbage"),
           ("tables", "batches", "plots"), ("modules", "fingerprints"),
           ("graph", "taps"), ("fastpath",), ("scoring",), ("recovery",), ("pruning",), ("integrations",), ("cli",),
           ("__init__", "__main__"))
