@@ -16,11 +16,12 @@ from torch.utils import checkpoint
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")  # fully_shard and its forerunner, slow to import
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module, argument: str = "model") -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel or what torch.compile made, whose layers have the names
-    that they have there. Raises TypeError for what is no module."""
+    that they have there. Raises TypeError, naming the argument, for what is no module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {model!r:.80}, where a torch.nn.Module is meant")
+        within = "; its .model is one" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"{argument}: {' '.join(repr(model).split()):.80}, where a torch.nn.Module is meant{within}")
     while (inside := _inside(model)) is not None:
         model = inside
     return model

@@ -20,6 +20,7 @@ from fastscore.batches.parts import Batch, few_samples, map_tensors
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
+from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
 from fastscore.pruning import plots
 from fastscore.pruning.budgets.quality import Judge
@@ -197,7 +198,7 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
         options.setdefault("compensate", False)
     else:
         options |= {"calibration": RememberingBatches.of(fit), "repair": repair}
-    dense, device = evaluation_copy(model, plain=False), device_of(model)
+    dense, device = evaluation_copy(unwrapped(model), plain=False), device_of(model)
     with fork_rng(device), shown(progress), bar("curve", " networks", len(budgets)) as told:
         example = example_of(batches, example_inputs, forward, device)
         judge = Judge(dense, judges, forward, options.get("outputs"))

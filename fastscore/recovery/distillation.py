@@ -1,5 +1,7 @@
 """distill(): the dense network's outputs on unlabelled samples train the smaller one."""
 
+import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -94,9 +96,11 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
     """
     removed = smaller.removed_indices if isinstance(smaller, Pruned) else {}
     network = smaller.model if isinstance(smaller, Pruned) else smaller
+    if network is smaller and (said := _swapped(unwrapped(model), unwrapped(network, "smaller"))):
+        warnings.warn(said, stacklevel=4)
     _check(model, network, steps=steps, temperature=temperature, looks=looks, patience=patience, warmup=warmup,
            clip=clip, feature_weight=feature_weight, precision=precision, loss=loss)
-    inner, wrapped = unwrapped(network), isinstance(network, DistributedDataParallel)
+    inner, wrapped = unwrapped(network, "smaller"), isinstance(network, DistributedDataParallel)
     group: Any = network.process_group if wrapped else process_group
     rank, size = rank_and_size(group)
     data = TrainingBatches(batches, held_out, seed, rank=0 if wrapped else rank, size=1 if wrapped else size,
@@ -146,6 +150,18 @@ _NUMBERS: Mapping[str, tuple[Callable[[str, object, str], None], Callable[[float
     "warmup": (check_number, lambda value: 0 <= value < 1, "0.05", " is outside [0, 1); it is a share of the steps"),
 }
 _MAY_BE_NONE = ("patience", "clip")
+
+
+def _swapped(dense: nn.Module, smaller: nn.Module) -> str:
+    """What is to be said where the dense network looks like a part of the other, as by a slip; empty where not."""
+    sizes = [{name: parameter.shape for name, parameter in network.named_parameters()} for network in (dense, smaller)]
+    counts = [sum(map(torch.Size.numel, each.values())) for each in sizes]
+    pairs = [(sizes[0][name], sizes[1][name]) for name in sizes[0].keys() & sizes[1].keys()]
+    within = all(len(one) == len(other) and all(map(operator.le, one, other)) for one, other in pairs)
+    if counts[0] >= counts[1] or not within or all(one == other for one, other in pairs):
+        return ""
+    return (f"smaller: it has {counts[1]:,} parameters, and the dense model, {counts[0]:,}, looks like what is left of "
+            "it once channels are gone: distill(dense, smaller) trains the second of the two")
 
 
 def _check(model: nn.Module, smaller: nn.Module, precision: str | None, loss: Loss | None, **numbers: Any) -> None:

@@ -15,6 +15,7 @@ from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import evaluating
+from fastscore.modules.wrappers import unwrapped
 from fastscore.recovery.calibration import share_of
 from fastscore.rng import fork_rng
 
@@ -46,7 +47,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch], *, forward: Forward 
         In either case the model is as it was.
     """
     check_iterable(batches, "batches")
-    if not running_norms(model):
+    if not running_norms(unwrapped(model)):
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm that keeps running statistics: there is "
                          "nothing to recalibrate")
     recalibrate_on(model, share_of(batches, device_of(model), process_group, forward), forward, process_group)

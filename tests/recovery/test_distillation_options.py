@@ -1,6 +1,8 @@
 """distill(): learning rates, gradients cut short, mixed precision, feature maps, padding."""
 
+import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from decisive import IMAGES, QUIET, network, pruned, same, seeded, state
 from torch import Tensor, nn
 
+import fastscore
 from fastscore.recovery.distillation import distill
 from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.optimizers import schedule
@@ -131,3 +134,24 @@ def test_padding_is_no_decision() -> None:
         ends.append((report, state(smaller.linear)))
     assert ends[0][0] == ends[1][0]
     assert same(ends[0][1], ends[1][1])
+
+
+def test_networks_that_change_places_are_told() -> None:
+    """By a warning: a network may be meant to learn from one that it is an extension of."""
+    dense, result = pruned()
+    quiet = {"steps": 1, "held_out": [IMAGES], **QUIET}
+    with pytest.warns(UserWarning, match=r"^smaller: it has .* what is left of it once channels are gone") as told:
+        distill(result.model, copy.deepcopy(dense), [IMAGES], **quiet)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for one, other in ((dense, result), (dense, result.model), (network(), network(1)), (network(), network(1, 4)),
+                           (network(), nn.Sequential(network(), nn.Linear(5, 5)))):
+            distill(one, copy.deepcopy(other), [IMAGES], **quiet)
+    for what, argument, act in ((result, "model", lambda: distill(result, dense, [IMAGES], **quiet)),
+                                (result, "model", lambda: fastscore.recalibrate(result, [IMAGES])),
+                                (result, "model", lambda: fastscore.curve(result, None, [IMAGES])),
+                                (None, "smaller", lambda: distill(dense, None, [IMAGES], **quiet))):
+        within = "; its .model is one" if what is result else ""
+        with pytest.raises(TypeError, match=f"^{argument}: .*, where a torch.nn.Module is meant{within}$"):
+            act()
