@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_unrun import Attention, Net, X
+from test_unrun import Net, X
+from test_unrun_heads import Attention
 from torch import Tensor, nn
 from whole_way import noisy
 
