@@ -112,6 +112,11 @@ HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         (x.mT + FAR * torch.eye(x.shape[1])[0])[..., None], 1, return_indices=True)[1][:, :2, 0, 0],
     "clamped": lambda x, s: s.detach().clamp(min=FAR),
     "flat in place": lambda x, s: (s.detach() - FAR).relu_(),
+    "bucket": lambda x, s: torch.bucketize(s.detach(), FAR * torch.arange(1, 4)),
+    "buckets": lambda x, s: torch.bucketize(FAR * torch.arange(2).to(s), (s.detach() + FAR / 2).flatten()),
+    "searched": lambda x, s: torch.searchsorted((s.detach() + FAR / 2)[:, :1].contiguous(),
+                                                torch.tensor([[0.0, FAR]] * len(s)).to(s)),
+    "among": lambda x, s: torch.isin((s.detach() / FAR).round(), torch.tensor([3.0, 4.0, 5.0])),
     "drawn": lambda x, s: torch.bernoulli((s.detach() / FAR).sigmoid() / FAR),
 }
 # name -> a choice for each channel by itself, or none at all
@@ -126,6 +131,9 @@ ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "back in their places": lambda x: F.max_unpool1d(*F.max_pool1d(x.mT, 2, return_indices=True), 2).mT,
     "dead": lambda x: torch.cat([x, (x - 1000.0).relu() + x, x.clamp(-1000, 1000)], 1),
     "zeroed in place": lambda x: x * (x.detach() - 0.5).gt_(0),
+    "by place": lambda x: x * torch.bucketize(torch.arange(x.shape[1]) / x.shape[1],
+                                              torch.tensor([0.1, 0.4, 0.8]))[:, None],
+    "counted": lambda x: x * torch.isin(torch.arange(3.0), torch.arange(7.0)).sum(),
     "without NaN": lambda x: torch.where(torch.isnan(x) | torch.isinf(x), 0.0, x),
     "checked": lambda x: x if bool(torch.isfinite(x).all()) else x.nan_to_num(),
 }

@@ -26,6 +26,8 @@ TURNS = 8  # by which all choose otherwise, neighbours unlike each other, and al
 _ANSWERS = {"gt", "lt", "ge", "le", "eq", "ne", "logical_not", "logical_and", "logical_or", "logical_xor", "isin",
             "_to_copy", "copy", "any", "all", "count_nonzero", "bucketize", "searchsorted", "signbit", "equal",
             "bernoulli"}
+# those that look each element up among others, and where these stand in their arguments
+_TABLES = {"bucketize": 1, "searchsorted": 0, "isin": 1}
 # functions without a gradient, element by element
 _STEPS = {"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside", "div.Tensor_mode", "div.Scalar_mode",
           "floor_divide", "histc"}
@@ -136,7 +138,7 @@ class Choices(OperationsAndNumbers):
     def _otherwise(self, func: Any, name: str, args: Any, kwargs: Any, operands: Sequence[Tensor],
                    before: Sequence[Tensor]) -> Any:
         """What `func` returns, but otherwise where its operands differ from what they were before."""
-        differs = _differ(operands, before)
+        differs = _differ(operands, before, args[_TABLES[name]] if name in _TABLES else None)
         self.differ |= bool(differs.any())
         if name in ALIKE:
             out, was = func(*args, **kwargs), func(before[0], *args[1:], **kwargs)
@@ -194,11 +196,12 @@ class Choices(OperationsAndNumbers):
             draws
 
 
-def _differ(operands: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
-    """Where they differ, bool, of the shape that they are broadcast to."""
+def _differ(operands: Sequence[Tensor], before: Sequence[Tensor], table: object = None) -> Tensor:
+    """Where they differ, bool, of the shape that they are broadcast to; everywhere, if the `table` among them does."""
     differs = torch.zeros((), dtype=torch.bool, device=operands[0].device)
     for x, old in zip(operands, before, strict=True):
-        differs = differs | ~close(x, old)
+        each = ~close(x, old)
+        differs = differs | (each.any() if x is table else each)
     return differs
 
 
