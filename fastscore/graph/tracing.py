@@ -275,7 +275,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     def groups_of(taken: Mapping[str, set[str]], roots: Collection[str]) -> ChannelGraph:
         return traced_groups.of_graph(eval_model, graph, taken, recording, unused, (), roots)
 
-    guesses = cut_otherwise.guesses(graph, plain.skipped, partial(groups_of, named))  # if the heads do not go
+    guesses = cut_otherwise.guesses(graph, plain, partial(groups_of, named))  # if the heads do not go
     passing, passed = across.guesses(graph, recording, partial(groups_of, attentions.layers()))
     found = state_spaces.with_widths(eval_model, _with_heads(eval_model, found, heads))
     graph.release()

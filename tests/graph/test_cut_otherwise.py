@@ -15,7 +15,8 @@ X = torch.randn(3, 3, 5, 5, generator=torch.Generator().manual_seed(0)).double()
 Parts = Callable[["Net", Tensor, Tensor, Tensor], Tensor]
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "z": lambda: nn.Conv2d(3, 6, 1), "style": lambda: nn.Linear(3, 16), "joint": lambda: nn.Conv2d(14, 14, 1),
-    "part": lambda: nn.Conv2d(4, 4, 1), "norm": lambda: nn.BatchNorm2d(14)}
+    "part": lambda: nn.Conv2d(4, 4, 1), "norm": lambda: nn.BatchNorm2d(14), "made": lambda: nn.Conv2d(8, 18, 1),
+    "two": lambda: nn.Conv2d(8, 16, 1), "mixed": lambda: nn.Conv2d(8, 8, 1)}
 
 
 class Net(nn.Module):
@@ -91,6 +92,24 @@ def every_other(net: Net, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return y[:, ::2] * y[:, 1::2].sigmoid()
 
 
+def focal(net: Net, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """FocalNet's modulation: queries and context are as wide as what the module reads, whatever that is."""
+    width = y.shape[1]
+    query, context, gates = net.made(y).split([width, width, 2], 1)
+    context = context * gates[:, :1] + context.mean((2, 3), keepdim=True).relu() * gates[:, 1:]
+    return y + query * net.mixed(context)
+
+
+def gated(net: Net, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    value, gate = net.two(y).split(y.shape[1], 1)
+    return y + net.mixed(value * gate.sigmoid())
+
+
+def gated_slices(net: Net, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    both, width = net.two(y), y.shape[1]
+    return y + net.mixed(both[:, :width] * both[:, width:].sigmoid())
+
+
 # name -> what the parts are, how wide, the groups, layers
 GO: dict[str, tuple[Parts, int, list[str], tuple[str, ...]]] = {
     "split": (lambda net, x, y, z: modulated((two := styled(net, x).split(y.shape[1], 1))[0], y, two[1]), 8, ["y"],
@@ -103,12 +122,15 @@ GO: dict[str, tuple[Parts, int, list[str], tuple[str, ...]]] = {
     "partly": (partly, 8, ["y", "part"], ("part",)), "quarter": (quarter, 8, ["y"], ()),
     "half": (half, 8, ["y", "part"], ("part",)), "every other": (every_other, 4, ["y"], ()),
     "even": (lambda net, x, y, z: y[:, ::2], 4, ["y"], ()),
+    "focal": (focal, 8, ["y"], ("made", "mixed")), "gated": (gated, 8, ["y"], ("two", "mixed")),
+    "gated slices": (gated_slices, 8, ["y"], ("two", "mixed")),
 }
 FIXED: dict[str, tuple[Parts, int, str | None]] = {
     "slices": (lambda net, x, y, z: modulated(styled(net, x)[:, :8], y, styled(net, x)[:, 8:]), 8, "style"),
     "sizes": (lambda net, x, y, z: torch.cat([y, z], 1).split([8, 6], 1)[0], 8, "z"),
     "halves": (lambda net, x, y, z: torch.cat([y[:, 4:].relu(), y[:, :4]], 1), 8, None),
     "thirds": (lambda net, x, y, z: torch.cat([y.split(3, 1)[1], y], 1), 11, None),
+    "as wide": (lambda net, x, y, z: (both := net.two(y))[:, :8] * both[:, 8:].sigmoid() + y, 8, "two"),
 }
 
 

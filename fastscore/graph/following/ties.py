@@ -1,14 +1,16 @@
 """Channels that go together though nothing leads from one to the other in the traced graph."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch_pruning as tp
 from torch import nn
 
 from fastscore.graph.following import contractions
-from fastscore.graph.following.index_maps import SliceMap
+from fastscore.graph.following.cuts import LAYERS, slice_of
+from fastscore.graph.following.index_maps import IndexMap, SliceMap
 from fastscore.graph.following.nodes import PRODUCERS, Nodes
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.modules.weights import recurrent
@@ -103,6 +105,48 @@ def _tie_numbers(graph: Nodes) -> None:
         dependency = tp.dependency.Dependency(_made(graph, one)[1], _made(graph, other)[1], one, other)
         dependency.index_mapping = [at.forward, there.inverse]
         one.dependencies.append(dependency)
+
+
+@contextmanager
+def widths_read(graph: Nodes) -> Iterator[set[str]]:
+    """Within the block, parts that code cuts from what a layer makes, and that are as wide as what it reads, lose what
+    that does: `C = x.shape[-1]; q, k, gates = self.joint(x).split([C, C, 2], -1)`. Yields the names of such layers."""
+    found, before = set[str](), [(node, list(node.dependencies)) for node in graph.module2node.values()]
+    for cut in [node for node, _ in before if graph._is_unknown(node)]:
+        layer = _maker(cut)
+        pruner = layer and graph.get_pruner_of_module(layer.module)
+        for part in _parts(graph, cut, pruner.get_in_channels(layer.module)) if pruner else ():
+            read, made = (layer, pruner.prune_in_channels), _made(graph, cut)
+            for one, other, maps in ((read, made, [part.inverse]), (made, read, [part.forward])):
+                dependency = tp.dependency.Dependency(one[1], other[1], one[0], other[0])
+                dependency.index_mapping = maps if cut.type == OPTYPE.SPLIT else []  # of a slice alone
+                one[0].dependencies.append(dependency)
+            found.add(layer._name)
+    yield found
+    for node, dependencies in before:
+        node.dependencies = dependencies
+
+
+def _maker(cut: Any) -> Any:
+    """The layer that makes what is cut, with nothing but operations on it in between; None where that is not so."""
+    node = cut
+    while node.type not in LAYERS:
+        if len(node.inputs) != 1 or node.type in PRODUCERS:
+            return None
+        node = node.inputs[0]
+    return node
+
+
+def _parts(graph: Nodes, cut: Any, width: int) -> Iterator[IndexMap]:
+    """The parts of a split, or slice, that are so wide."""
+    whole = cut.grad_fn._saved_self_sym_sizes[graph._dims[cut]]
+    if cut.type == OPTYPE.SLICE:
+        parts = [slice_of(cut.grad_fn, whole)]
+    else:
+        sizes = getattr(cut.grad_fn, "_saved_split_sizes", None) or [cut.grad_fn._saved_split_size] * (
+            whole // cut.grad_fn._saved_split_size)
+        parts = list(itertools.starmap(SliceMap, itertools.pairwise(itertools.accumulate(sizes, initial=0))))
+    yield from (part for part in parts if part.end - part.begin == width and part.step == 1)
 
 
 def _made(graph: Nodes, node: Any) -> _End:

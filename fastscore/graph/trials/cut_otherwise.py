@@ -1,13 +1,14 @@
 """Channels that code cuts at places of which no module keeps a number: `gamma, beta = x.split(y.shape[1], 1)`.
 
 Nobody sees where the code has such places from. They may be fixed; they may be widths of what lies side by side, and
-move with them; or shares of the whole, half of it or a quarter. What the groups would be is tried by surgery: those go
-that may.
+move with them; or shares of the whole, half of it or a quarter; or the width of what the layer reads whose outputs are
+cut. What the groups would be is tried by surgery: those go that may.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
+from fastscore.graph.following import ties
 from fastscore.graph.following.dependencies import Graph
 from fastscore.graph.groups import READS, TIED, ChannelGraph, ChannelGroup
 from fastscore.graph.kept.obstacles import CUT
@@ -15,17 +16,25 @@ from fastscore.graph.trials import surgery_trial, verification
 from fastscore.graph.trials.recording import Recording
 
 
-def guesses(graph: Graph, skipped: Mapping[str, str], groups_of: Callable[[Collection[str]], ChannelGraph]
+def guesses(graph: Graph, plain: ChannelGraph, groups_of: Callable[[Collection[str]], ChannelGraph]
             ) -> list[ChannelGroup]:
     """What the groups would be that are kept as the code fixes where it cuts their channels, if it did not.
 
-    skipped: layer -> why it is kept. groups_of: (layers) -> the groups of what they make, as `graph` has them.
+    plain: the groups if it does. groups_of: (layers) -> the groups of what they make, as `graph` has them.
     """
-    roots = {name for name, reason in skipped.items() if reason.startswith(CUT)}
-    own = roots | {name for name, reason in skipped.items() if reason.removeprefix(TIED) in roots}
+    roots = {name for name, reason in plain.skipped.items() if reason.startswith(CUT)}
+    own = roots | {name for name, reason in plain.skipped.items() if reason.removeprefix(TIED) in roots}
     found = list[ChannelGroup]()
-    for graph.cuts in ("moving", "shares") if roots else ():
+    if not roots:
+        return found
+    for graph.cuts in ("moving", "shares"):
         found += [group for group in groups_of(roots).groups if _producers(group) <= own]
+    graph.cuts = "moving"
+    with ties.widths_read(graph) as readers:
+        streams = {name for group in plain.groups if any(member.layer in readers for member in group.role("consumer"))
+                   for name in _producers(group)}
+        if readers:
+            found += [group for group in groups_of(roots | streams).groups if _producers(group) <= own | streams]
     return found
 
 
