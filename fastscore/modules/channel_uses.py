@@ -130,23 +130,6 @@ def is_size(node: ast.expr) -> bool:
     return _sized(node) is not None
 
 
-def flag_in(test: ast.expr) -> tuple[ast.expr, str] | None:
-    """The attribute that a condition is of `self`, or of what it keeps, and of which of these, if it is one:
-    `self.shared`, `getattr(self, "add", False)`, `self.config.shared`."""
-    whole: ast.expr | None
-    if isinstance(test, ast.Call) and isinstance(test.func, ast.Name) and test.func.id == "getattr":
-        whole, name = test.args[0], getattr(test.args[1], "value", None)
-    else:
-        whole, name = (test.value, test.attr) if isinstance(test, ast.Attribute) else (None, None)
-    owner = whole.value if isinstance(whole, ast.Attribute) else whole
-    return (whole, name) if whole and isinstance(owner, ast.Name) and owner.id == "self" and isinstance(name, str) \
-        else None
-
-
-def is_none(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and node.value is None
-
-
 def may_mean(use: Use, x: Tensor, dims: Iterable[int] | None = None) -> bool:
     """Whether what is made of x may mean channels along one of its dimensions."""
     return any(x.shape[dim] > 1 and means(use, {dim: torch.arange(x.shape[dim]) == x.shape[dim] // 2}, x.dim())

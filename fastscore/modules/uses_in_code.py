@@ -8,17 +8,16 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
-from fastscore.modules.channel_uses import Position, Use, flag_in, is_none, is_size, is_statistic, tensors_in
+from fastscore.modules.channel_uses import Position, Use, is_size, is_statistic, tensors_in
 from fastscore.modules.reachable_code import is_torchs
+from fastscore.modules.settled_branches import ENDS, Asked, is_none, of_self, settled
 from fastscore.modules.source import source_of
 from fastscore.modules.tensor_expressions import Step, held_by, inlined, substituted
 
 _OF_THEIR_OWN = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)  # code objects
 _CHOICES = (ast.If, ast.While, ast.For, ast.Try, ast.ExceptHandler, ast.With, ast.match_case)
-_ENDS = (ast.Return, ast.Continue, ast.Break)
 _COMPUTING = (ast.BinOp, ast.Call, ast.Compare, ast.Subscript, ast.UnaryOp)  # an instruction each
 _DEEP = 3  # functions that are looked into from one another
-_Asked = tuple[tuple[ast.expr, bool], ...]
 
 
 @lru_cache(maxsize=10000)
@@ -46,28 +45,28 @@ class _Reader:
         counts = [each.target for each in ast.walk(tree) if isinstance(each, ast.For | ast.comprehension)]
         self._in_training = 0  # conditions around that ask for it: layers that run then are traced so
         self._tree = tree
-        self._loops = [each for each in ast.walk(tree) if isinstance(each, ast.For) and _counts_of_self(each)]
+        self._loops = [each for each in ast.walk(tree) if isinstance(each, ast.For) and _countsof_self(each)]
         self._parts = frozenset(each.id for each in (*halves, *counts) if isinstance(each, ast.Name))
 
     def read(self, body: ast.FunctionDef) -> Iterator[Use]:
         yield from self._block(body.body, (), (), False, ())
 
     def _block(self, statements: Sequence[ast.stmt], lines: tuple[int, ...], steps: tuple[Step, ...],
-               chosen: bool, asked: _Asked) -> Iterator[Use]:
+               chosen: bool, asked: Asked) -> Iterator[Use]:
         for statement in statements:
             yield from self._in(statement, (*lines, statement.lineno), steps, chosen, asked, None)
             steps = (*steps, *_assigned(statement))
-            if isinstance(statement, ast.If) and any(isinstance(each, _ENDS) for each in ast.walk(statement)):
+            if isinstance(statement, ast.If) and any(isinstance(each, ENDS) for each in ast.walk(statement)):
                 lines, chosen = (*lines, statement.lineno), True
-                if isinstance(statement.body[-1], _ENDS) and not statement.orelse:
+                if isinstance(statement.body[-1], ENDS) and not statement.orelse:
                     asked = (*asked, *self._asked(statement, False))
 
-    def _asked(self, node: Any, answer: bool) -> _Asked:
+    def _asked(self, node: Any, answer: bool) -> Asked:
         """Of a choice, what constructors have decided of it: what runs does not change that."""
         local = self._function.__code__.co_varnames + self._function.__code__.co_freevars
-        return tuple(_settled(node.test, answer, local)) if isinstance(node, ast.If | ast.IfExp) else ()
+        return tuple(settled(node.test, answer, local)) if isinstance(node, ast.If | ast.IfExp) else ()
 
-    def _in(self, node: Any, lines: tuple[int, ...], steps: tuple[Step, ...], chosen: bool, asked: _Asked,
+    def _in(self, node: Any, lines: tuple[int, ...], steps: tuple[Step, ...], chosen: bool, asked: Asked,
             place: Position | None) -> Iterator[Use]:
         """chosen: whether it may be passed by. place: of a loop within an expression that it is in."""
         if isinstance(node, ast.FunctionDef | ast.Lambda):
@@ -93,7 +92,7 @@ class _Reader:
             yield from (use for use in self._uses(node, here, lines, steps, asked)
                         if use.by is None or not self._in_training)
 
-    def _uses(self, node: Any, position: Position, lines: tuple[int, ...], steps: tuple[Step, ...], asked: _Asked
+    def _uses(self, node: Any, position: Position, lines: tuple[int, ...], steps: tuple[Step, ...], asked: Asked
               ) -> Iterator[Use]:
         def use(tensor: ast.expr, by: ast.expr | None = None, within: Use | None = None) -> Use:
             inner = () if within is None else within.asked
@@ -114,15 +113,15 @@ class _Reader:
             for one, other in ((node.left, node.right), (node.right, node.left)):
                 of_others = held_by(other) and not isinstance(node.op, ast.MatMult) and \
                     _variables(other, steps).isdisjoint(_variables(one, steps))
-                meeting = [other] if of_others else _of_self(other)
+                meeting = [other] if of_others else of_self(other)
                 yield from (use(one, each) for each in meeting if held_by(one))
         if not isinstance(node, ast.Call):
             return
         given = [*node.args, *(each.value for each in node.keywords)]
         args = [each for each in given if held_by(each)]
-        yield from (use(one, each) for one in args for other in given for each in _of_self(other) if other is not one)
+        yield from (use(one, each) for one in args for other in given for each in of_self(other) if other is not one)
         if (called := self._called(node.func)) is None:
-            if _of_self(node.func) and not isinstance(node.func, ast.Call):
+            if of_self(node.func) and not isinstance(node.func, ast.Call):
                 yield from (use(each, node.func) for each in args)
         elif self._depth < _DEEP:
             names = called.__code__.co_varnames[:called.__code__.co_argcount]
@@ -135,7 +134,7 @@ class _Reader:
                         held_by(tensor := substituted(inside, put)):
                     yield use(tensor, None if by is None else substituted(by, put), inner)
 
-    def _of_before(self, node: ast.AST, position: Position, steps: tuple[Step, ...], asked: _Asked) -> Iterator[Use]:
+    def _of_before(self, node: ast.AST, position: Position, steps: tuple[Step, ...], asked: Asked) -> Iterator[Use]:
         """Statistics that the variables of an expression were computed of before. Their own variables are looked up
         where that was, as later ones may hold something else: `x = x.mean(1)`."""
         around = self._function.__globals__
@@ -208,12 +207,12 @@ def _read(node: ast.AST) -> Iterator[ast.Name]:
             yield from _read(each)
 
 
-def _counts_of_self(loop: ast.For) -> bool:
+def _countsof_self(loop: ast.For) -> bool:
     """Whether a loop is over as many as `self` holds a number of: `for head in range(self.num_heads)`."""
     call = loop.iter
     if not isinstance(loop.target, ast.Name) or not isinstance(call, ast.Call) or len(call.args) != 1:
         return False
-    return getattr(call.func, "id", "") == "range" and _of_self(call.args[0]) == call.args
+    return getattr(call.func, "id", "") == "range" and of_self(call.args[0]) == call.args
 
 
 def _indexed(loop: ast.For) -> dict[tuple[str, int], list[ast.Subscript]] | None:
@@ -271,54 +270,13 @@ def _assigned(statement: ast.stmt) -> Iterator[Step]:
             ast.Name(statement.target.id, ast.Load()), statement.op, statement.value)
 
 
-def _settled(test: ast.expr, answer: bool, local: Sequence[str]) -> Iterator[tuple[ast.expr, bool]]:
-    """The parts of a condition that constructors decide, and what they must be for such an answer."""
-    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        yield from _settled(test.operand, not answer, local)
-    elif isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) is answer:
-        for each in test.values:
-            yield from _settled(each, answer, local)
-    elif _is_settled(test, local) or (isinstance(test, ast.BoolOp) and all(_is_settled(each, local)
-                                                                           for each in test.values)):
-        yield test, answer
-
-
-def _is_settled(test: ast.expr, local: Sequence[str]) -> bool:
-    """Whether a condition is a flag of an object, or compares what one holds with names, with None, or with a number
-    that counts nothing: `self.norm == "layer"`, `self.short is None`, `self.share > 0.0`."""
-    if isinstance(test, ast.Call):
-        kind = isinstance(test.func, ast.Name) and test.func.id == "isinstance" and bool(_of_self(test.args[0]))
-        return kind or flag_in(test) is not None
-    if not isinstance(test, ast.Compare):
-        return flag_in(test) is not None
-    of_shares = all(isinstance(each, ast.Constant) and isinstance(each.value, float) for each in test.comparators)
-    return (of_shares or isinstance(test.ops[0], ast.Is | ast.IsNot | ast.Eq | ast.NotEq | ast.In | ast.NotIn)) and \
-        _of_self(test.left) == [test.left] and all(
-            isinstance(part, ast.Tuple | ast.List | ast.expr_context | ast.Attribute)
-            or (isinstance(part, ast.Name) and part.id not in local)
-            or (isinstance(part, ast.Constant) and isinstance(part.value, str | float))
-            or is_none(part)
-            for each in test.comparators for part in ast.walk(each))
-
-
 def _is_summed_with_own(node: Any, tensor: ast.expr) -> bool:
     """Whether a sum of products, as einsum computes it, is of a tensor and of one that `self` holds: which that is
     decides."""
     given = node.args[1:] if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "einsum" else []
-    return len(given) == 2 and any(_of_self(each) for each in given if each is not tensor)
+    return len(given) == 2 and any(of_self(each) for each in given if each is not tensor)
 
 
 def _variables(node: ast.expr, steps: Sequence[Step]) -> frozenset[str]:
     """Those that an expression is of, before these assignments if that can be told."""
     return frozenset(held_by(inlined(node, steps, 0)) or held_by(node))
-
-
-def _of_self(node: ast.expr) -> list[ast.expr]:
-    """What `self` holds that an expression reads: `self.scale`, `self.heads[1]`."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-        return [node]
-    if isinstance(node, ast.Attribute | ast.Subscript) and (inner := _of_self(node.value)):
-        return [node] if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) else inner
-    if isinstance(node, ast.BinOp):
-        return [*_of_self(node.left), *_of_self(node.right)]
-    return _of_self(node.func.value) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else []

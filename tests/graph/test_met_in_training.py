@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,35 @@ def test_where_that_cannot_be_shown_all_channels_stay_that_it_may_meet(meeting: 
     small = fastscore.prune(model, scores, x, channels=0.6).model.train()
     if meeting != "fails":
         small(x).sum().backward()
+
+
+class Flagged(nn.Module):
+    """Whether it does so the constructor decides, by a flag, or by one of a config, which ends a method."""
+
+    def __init__(self, augments: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.three, self.last = (nn.Linear(*widths) for widths in ((4, 6), (6, 6), (6, 5), (5, 2)))
+        self.masked, self.meet = nn.Parameter(torch.rand(6)), _fails
+        self.augments, self.config = augments, SimpleNamespace(augments=augments)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, 4] -> [N, T, 2]."""
+        x = self.one(x)
+        if self.training and self.augments:
+            x = self.meet(x, self.masked)
+        return self.last(self.three(self.two(self.augmented(x).relu()).relu()).relu())
+
+    def augmented(self, x: Tensor) -> Tensor:
+        """In training: what the config says."""
+        if not getattr(self.config, "augments", True):
+            return x
+        return self.meet(x, self.masked) if self.training else x
+
+
+@pytest.mark.parametrize("augments", [False, True])
+def test_a_branch_that_the_constructor_ruled_out_keeps_nothing(augments: bool) -> None:
+    scores = fastscore.score(Flagged(augments).eval(), [torch.randn(3, 7, 4)], progress=False)
+    assert set(scores) == ({"three"} if augments else {"one", "two", "three"})
 
 
 class Prenet(nn.Module):

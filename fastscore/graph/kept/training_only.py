@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,8 @@ from fastscore.graph.following.cuts import LAYERS
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.layer_types import type_of
 from fastscore.modules.hooks import put_on
+from fastscore.modules.reachable_code import functions_in
+from fastscore.modules.settled_branches import never_reads
 
 
 def callable_layers(model: nn.Module) -> set[str]:
@@ -60,19 +63,19 @@ def asked_for(model: nn.Module) -> dict[str, str]:
     """Parameters of one dimension that code reads which asks whether it is trained -> the class whose code that is."""
     return {f"{name}.{key}" if name else key: type(module).__name__ for name, module in model.named_modules()
             for key, parameter in module._parameters.items()
-            if parameter is not None and parameter.dim() == 1 and _asks(type(module), key)}
+            if parameter is not None and parameter.dim() == 1 and any(
+                not never_reads(function, module, key) for function in _asking(type(module), key))}
 
 
 def code_asks(model: nn.Module) -> bool:
     """Whether the code of a module that holds others asks whether it is trained."""
-    return any(_asks(type(module)) for module in model.modules() if any(module.children()))
+    return any(True for module in model.modules() if any(module.children()) for _ in _asking(type(module)))
 
 
-def _asks(kind: type[nn.Module], *names: str) -> bool:
-    """Whether code of a class reads `names`, and whether it is trained."""
-    functions = (getattr(value, "__code__", None) for cls in kind.__mro__ if cls is not nn.Module
-                 for value in vars(cls).values())
-    return any(code is not None and {*names, "training"} <= set(code.co_names) for code in functions)
+def _asking(kind: type[nn.Module], *names: str) -> Iterator[FunctionType]:
+    """Methods of a class whose code reads `names`, and whether it is trained."""
+    return (function for cls in kind.__mro__ if cls is not nn.Module for value in vars(cls).values()
+            for function in functions_in(value) if {*names, "training"} <= set(function.__code__.co_names))
 
 
 def _extends(group: ChannelGroup, other: ChannelGroup) -> bool:

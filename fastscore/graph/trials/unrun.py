@@ -21,9 +21,10 @@ from fastscore.graph.trials.beside import Beside, Key, Places, places_of, replay
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording
 from fastscore.graph.trials.replaced_layers import unwrapped
-from fastscore.modules.channel_uses import Dims, Use, flag_in, is_none, may_mean, means
+from fastscore.modules.channel_uses import Dims, Use, may_mean, means
 from fastscore.modules.lines_run import traced
 from fastscore.modules.reachable_code import ReachableCode
+from fastscore.modules.settled_branches import may_be
 from fastscore.modules.tensor_expressions import held_by, value_of
 from fastscore.modules.uses_in_code import uses_in
 
@@ -146,25 +147,7 @@ def _looked_up(frame: FrameType, use: Use) -> Tensor | None:
     x = value_of(use.tensors[frame.f_lineno], frame.f_locals, frame.f_globals)
     if not isinstance(x, Tensor) or x.is_nested or x.is_meta:
         return None
-    return x if all(_may_be(frame, test, answer) for test, answer in use.asked) else None
-
-
-def _may_be(frame: FrameType, test: ast.expr, answer: bool) -> bool:
-    """Whether a condition has that answer, or may come to it: a flag that only the class has, training, or a variable
-    that is None until something is kept there."""
-    if isinstance(test, ast.BoolOp):
-        some = all if isinstance(test.op, ast.And) is answer else any
-        return some(_may_be(frame, each, answer) for each in test.values)
-    decided = True
-    if (flag := flag_in(test)) is not None:
-        owner = value_of(flag[0], frame.f_locals, frame.f_globals)
-        decided = flag[1] != "training" and flag[1] in getattr(owner, "__dict__", ())
-    if isinstance(test, ast.Compare) and any(isinstance(getattr(each, "value", None), float)
-                                             for each in test.comparators):  # what counts channels may become less
-        decided = isinstance(value_of(test.left, frame.f_locals, frame.f_globals), float)
-    if isinstance(test, ast.Compare) and any(map(is_none, test.comparators)):
-        decided = isinstance(value_of(test.left, frame.f_locals, frame.f_globals), nn.Module)
-    return not decided or bool(value_of(test, frame.f_locals, frame.f_globals)) is answer
+    return x if all(may_be(test, answer, frame.f_locals, frame.f_globals) for test, answer in use.asked) else None
 
 
 def _sums(x: Tensor) -> list[Tensor]:
