@@ -2,6 +2,8 @@
 functions refuse alike."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -32,6 +34,18 @@ def check_callable(argument: str, value: object, call: str) -> None:
     """Raise TypeError, naming the argument and how it is called, where `value` cannot be called."""
     if not callable(value):
         raise TypeError(f"{argument}: {value!r:.80}, where a function {call} is meant")
+
+
+@contextmanager
+def in_users_code(said: str) -> Iterator[None]:
+    """Adds a note to an exception that the user's own code raises in the block: which code that is (from Python 3.11
+    on; it is the user's, and comes through as it is)."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            error.add_note(said)
+        raise
 
 
 def check_fraction(fraction: float) -> None:

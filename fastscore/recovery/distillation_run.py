@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from fastscore.arguments import in_users_code
 from fastscore.batches.devices import rank_and_size
 from fastscore.batches.parts import Batch
 from fastscore.modules.inspection import device_of
@@ -108,7 +109,12 @@ class Objective:
 
     def _of(self, got: Tensor, expected: Tensor, by_error: bool) -> Tensor:
         if self.own is not None:
-            return self.own(got, expected)
+            with in_users_code(f"loss: called as loss(smaller's output, dense output), both {list(expected.shape)}"):
+                value = self.own(got, expected)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                shown = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"loss: it returned {shown}, where a scalar tensor is meant: its .mean(), say")
+            return value.reshape(())
         if by_error:
             wanted, got = rows(expected), rows(got)
             return (got - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean().clamp(min=1e-12)

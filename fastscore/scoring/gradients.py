@@ -5,6 +5,7 @@ Random gradients: arXiv 2310.20203, section 3: N(0, I) over the outputs, drawn a
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastscore import ops
+from fastscore.arguments import in_users_code
 from fastscore.batches.devices import wide, with_float64
 from fastscore.ops.checks import FLOATING
 from fastscore.wording import counted
@@ -99,6 +101,10 @@ def classes_of(output: Tensor) -> int:
     return math.prod(output.shape[1:])
 
 
+_CALLED = "loss: called as loss(output, batch), with an output {} and the batch as it is, a {}; of an (input, label) " \
+    "batch the labels are batch[1]: loss=lambda output, batch: F.cross_entropy(output, batch[1])"
+
+
 def loss_and_gradient(output: Tensor, batch: Any, loss: Loss | None, normalize: bool) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient at `output` [N, ...], scaled to length 1 for each sample when `normalize`.
 
@@ -110,10 +116,13 @@ def loss_and_gradient(output: Tensor, batch: Any, loss: Loss | None, normalize: 
                          "cross entropy is no loss: give loss=lambda output, batch: F.binary_cross_entropy(output, "
                          "batch[1]), or what it is trained with")
     leaf = output.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), nullcontext() if loss is None else in_users_code(_CALLED.format(
+            list(output.shape), type(batch).__name__)):
         value = (loss or cross_entropy)(leaf, batch)
     if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
-        raise ValueError("loss: it must return a scalar tensor computed from the output")
+        shown = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError("loss: it must return a scalar tensor computed from the output, without detach(); it returned "
+                         f"{shown}")
     (gradient,) = torch.autograd.grad(value, leaf)
     return value.detach(), ops.normalize_gradient(gradient)[0] if normalize else gradient
 
@@ -126,7 +135,13 @@ def cross_entropy(output: Tensor, batch: Any) -> Tensor:
     if not isinstance(labels, Tensor):
         raise ValueError('batches: gradient="loss" needs labels: give (input, label) batches, or loss=, or use '
                          'gradient="random", which needs none')
-    return F.cross_entropy(_logits(output), labels)
+    try:
+        return F.cross_entropy(_logits(output), labels)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(f"batches: cross entropy does not take their labels, {labels.dtype} {list(labels.shape)} "
+                         f"beside an output {list(output.shape)} ({error}): give the numbers of classes from 0 on, "
+                         "int64, one for each of its decisions, or loss=lambda output, batch: what it is trained "
+                         "with") from error
 
 
 def _logits(output: Tensor) -> Tensor:

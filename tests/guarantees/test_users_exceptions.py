@@ -1,5 +1,7 @@
 """Whatever the user's own code raises comes through, and the model is as it was."""
 
+import copy
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,3 +120,41 @@ def test_a_forward_that_runs_once_and_not_again(bears: int) -> None:
     else:
         refused(ValueError, r"it ran on example_inputs, and a copy of it does not \(Mine: no more\)", model,
                 lambda: score(model, forward=forward))
+
+
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="exceptions take notes from Python 3.11 on")
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(), lambda output: output.sum(),
+                                  lambda output, batch: output["logits"].sum(), failing])
+def test_an_exception_of_a_loss_says_how_it_was_called(loss: Callable[..., Any]) -> None:
+    model, y = trained(), torch.zeros(4, dtype=torch.int64)
+    own = (TypeError, IndexError, Mine)
+    with untouched(model), pytest.raises(own) as caught:
+        score(model, [(X, y)], gradient="loss", loss=loss)
+    note, = caught.value.__notes__
+    assert re.match(r"loss: called as loss\(output, batch\), with an output \[4, \d+\] and the batch .* tuple;", note)
+    way_out = eval(re.search(r"loss=(lambda .*)$", note)[1], {"F": F})
+    found, expected = (score(model, [(X, y)], gradient="loss", loss=each) for each in (way_out, None))
+    assert all(torch.equal(found[layer], values) for layer, values in expected.items())
+    smaller = copy.deepcopy(model).requires_grad_()
+    with pytest.raises(TypeError) as caught:
+        fastscore.distill(model, smaller, [X], held_out=[X], steps=1, progress=False, loss=lambda got: got.sum())
+    assert caught.value.__notes__[0].startswith("loss: called as loss(smaller's output, dense output), both [4, ")
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(4), torch.full((4,), 99), torch.zeros(2, dtype=torch.int64),
+                                    torch.zeros(4, 1, dtype=torch.int64), torch.zeros(4, dtype=torch.int32),
+                                    torch.full((4,), -1)])
+def test_labels_that_cross_entropy_does_not_take(labels: Tensor) -> None:
+    shown = re.escape(f"{labels.dtype} {list(labels.shape)}")
+    refused(ValueError, f"^batches: cross entropy does not take their labels, {shown} beside an output .*loss=lambda",
+            trained(), lambda: score(trained(), [(X, labels)], gradient="loss"))
+
+
+@pytest.mark.parametrize(("value", "said"), [(lambda got, expected: got - expected, r"\[4, \d+\]"),
+                                             (lambda got, expected: 1.0, "float")])
+def test_a_loss_of_distill_that_is_no_scalar(value: Callable[..., Any], said: str) -> None:
+    smaller = trained().requires_grad_()
+    before = {name: each.clone() for name, each in smaller.state_dict().items()}
+    with pytest.raises(ValueError, match=f"^loss: it returned {said}, where a scalar tensor is meant"):
+        fastscore.distill(trained(), smaller, [X], held_out=[X], steps=1, progress=False, loss=value)
+    assert all(torch.equal(each, before[name]) for name, each in smaller.state_dict().items())
