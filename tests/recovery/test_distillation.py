@@ -291,7 +291,7 @@ def test_not_a_number_is_named_and_the_network_comes_back() -> None:
     ({"batches": iter([IMAGES])}, ValueError, "batches: it can be read only once"),
     ({"batches": []}, ValueError, "batches: there is none, or none that holds a sample"),
     ({"batches": [IMAGES[:0]]}, ValueError, "batches: there is none, or none that holds a sample"),
-    ({"batches": ["text"]}, TypeError, "batches: one is tuple|batches: one is str"),
+    ({"batches": ["text"]}, TypeError, "batches: .*, where a batch is meant"),
     ({"batches": IMAGES[:2].split(1), "held_out": [IMAGES]}, ValueError, "batches: none has 2 samples to train on"),
     ({"held_out": IMAGES}, TypeError, "held_out: one tensor"),
     ({"held_out": []}, ValueError, "held_out: the batches that judge hold no sample"),
