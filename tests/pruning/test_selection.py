@@ -15,6 +15,7 @@ from fastscore.graph.groups import Member
 from fastscore.graph.tracing import trace
 from fastscore.pruning.budgets.costs import channel_multiple
 from fastscore.pruning.budgets.finer_steps import say_coarse
+from fastscore.pruning.budgets.selection import RECOUNTS, select
 from fastscore.pruning.order.ranking import RemovalStep, layer_kinds, removal_order
 
 
@@ -203,3 +204,22 @@ def test_scores_of_what_a_model_holds() -> None:
     with pytest.raises(ValueError, match=r"another model, .* layer 0; .*: give its \.module, or score"):
         fastscore.prune(averaged, scores, x, channels=0.5)
     assert fastscore.prune(averaged.module, scores, x, channels=0.5).model[0].out_features == 4
+
+
+@pytest.mark.parametrize("price", [0, 2])
+def test_trial_cuts_are_few_whatever_is_foreseen(price: float) -> None:
+    """Each group costs one, and is foreseen to cost nothing, or twice as much: by either, no count is right."""
+    count, calls = 600, 0
+    names = [f"g{number}" for number in range(count)]
+    steps = [RemovalStep(name, (0,), number) for number, name in enumerate(names)]
+    costs = Prices(**dict.fromkeys(names, (1, price)))
+    costs.totals["macs"] = costs.dense["macs"] = count
+
+    def without(gone: dict[str, torch.Tensor]) -> int:
+        nonlocal calls
+        calls += 1
+        return count - len(gone)
+
+    gone = select(steps, costs, {"macs": 0.5}, without)  # type: ignore[arg-type]
+    assert costs.totals["macs"] == count - len(gone) == count / 2
+    assert calls <= 2 * RECOUNTS + 40

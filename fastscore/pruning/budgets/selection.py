@@ -277,7 +277,7 @@ def _are_foreseen(taken: Sequence[RemovalStep], costs: Costs) -> bool:
 def _give_back(taken: Sequence[RemovalStep], costs: Costs, budgets: Mapping[Resource, float],
                macs_without: MacsWithout | None = None) -> dict[RemovalStep, None]:
     """Those of `taken` that stay away. With macs_without, the MACs of each that may come back are counted; after
-    RECOUNTS of them those that are foreseen not to fit stay away uncounted."""
+    RECOUNTS of them those that are foreseen not to fit stay away uncounted, and after twice as many all do."""
     stuck: set[str] = set()  # groups whose last step does not fit: those before it are not to come back out of order
     gone = dict.fromkeys(taken)
     counts = 0
@@ -287,12 +287,14 @@ def _give_back(taken: Sequence[RemovalStep], costs: Costs, budgets: Mapping[Reso
         before = costs.totals["macs"]
         step.restore(costs)
         del gone[step]
-        if macs_without is not None and (counts < RECOUNTS or not over(costs, budgets)):
+        if macs_without is not None and counts < (RECOUNTS if over(costs, budgets) else 2 * RECOUNTS):
             try:
                 costs.totals["macs"] = macs_without(channels_of(gone))
             except RuntimeError:  # of what is left then, which does not run
                 costs.totals["macs"] = math.inf
             counts += 1
+        elif macs_without is not None:
+            costs.totals["macs"] = math.inf
         if over(costs, budgets):
             step.remove(costs)
             costs.totals["macs"] = before
