@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastscore
 from fastscore.garbage import seldom_searched
 from fastscore.graph.tracing import trace
 
@@ -41,15 +42,21 @@ def test_whoever_searches_less_often_goes_on_so(own: tuple[int, int, int]) -> No
     assert gc.get_threshold() == own
 
 
-def test_a_trace_searches_seldom_and_leaves_it_as_it_was() -> None:
-    seen = set[int]()
+def test_tracing_and_pruning_search_seldom_and_leave_it_as_it_was() -> None:
+    seen = list[int]()
 
     class Seeing(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            seen.add(gc.get_threshold()[0])
+            seen.append(gc.get_threshold()[0])
             made: Tensor = super().forward(x)
             return made
 
-    trace(Seeing(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(2, 4))
+    model, batch = Seeing(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(2, 4)
+    trace(model, batch)
+    assert min(seen) > 700
+    scores = fastscore.score(model, [batch], progress=False)
+    assert seen[-1] == 700  # a run may be long
+    seen.clear()
+    fastscore.prune(model, scores, batch, params=0.7)
     assert min(seen) > 700
     assert gc.get_threshold() == (700, 10, 10)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -14,6 +15,7 @@ from fastscore.batches.not_finite import naming_samples
 from fastscore.batches.outputs import checked_forward
 from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
+from fastscore.garbage import seldom_searched
 from fastscore.graph.groups import Ignore
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
@@ -173,7 +175,9 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     if not graph.groups:
         raise ValueError(f"ignore: it leaves no channel that can go from {type(model).__name__}: ignore fewer layers")
     eval_model = evaluation_copy(model)
-    with fork_rng(device_of(eval_model)), shown(progress):
+    # a repair takes long, and whatever code it runs
+    searched = seldom_searched() if calibration is None else nullcontext()
+    with fork_rng(device_of(eval_model)), shown(progress), searched:
         costs = Costs(eval_model, graph.groups, example_inputs, checked_forward(forward),
                       means or calibration is not None, graph.samples.batch, graph.kept_biases)
         builder = Builder(model, eval_model, graph, costs, scores, means, example_inputs, forward,
