@@ -23,6 +23,7 @@ from fastscore.graph.heads.head_numbers import numbers, units_of
 from fastscore.graph.heads.head_run import Run, RunAlone, gradients
 from fastscore.graph.layer_types import OPTYPE, groups_of, type_of
 from fastscore.modules.norms import channel_norms, gated_norms
+from fastscore.modules.weights.own_linear import OwnLinear
 
 _MOST_HEADS = 256
 
@@ -256,6 +257,8 @@ def _member(module: nn.Module, name: str, dim: int, slices: Tensor, unit_of_head
         return Member(owner, "norm", index, channel) if fits else None
     if gated is not None or channel_norms.norm_of(held) is not None:
         return None  # which is one of all heads, or holds the same for each
+    if isinstance(held, OwnLinear) and dim < held.weight.dim() - 2:  # heads that it has a copy of for each
+        return Member(owner, "tensor", index, channel, held.dims[dim])
     if kind in PRODUCERS:
         by_column = kind == OPTYPE.EMBED
         return Member(owner, "producer", index, channel) if key == "weight" and dim == int(by_column) else None

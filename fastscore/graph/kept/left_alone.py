@@ -55,7 +55,8 @@ def named(model: nn.Module, graph: ChannelGraph, taken: Container[int]) -> Chann
                 more[whole if module._modules or not name or holder else name] = _reason(
                     model.get_submodule(reader), f"{own}.{key}".lstrip("."), parameter, module,
                     owners[id(parameter)] > 1, id(parameter) in taken)
-    return replace(graph, skipped={**graph.skipped, **more})
+    parts = {member.layer for group in graph.groups for member in group.role("tensor")}  # which no layer makes
+    return replace(graph, skipped={name: why for name, why in (graph.skipped | more).items() if name not in parts})
 
 
 def _reason(module: nn.Module, key: str, parameter: nn.Parameter, holder: nn.Module, shared: bool,

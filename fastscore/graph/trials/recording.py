@@ -23,6 +23,7 @@ from fastscore.graph.trials.replaced_layers import read_by, replaced, unwrapped
 from fastscore.graph.trials.skipped_norms import skipped
 from fastscore.modules import hooks
 from fastscore.modules.inspection import channel_dim, device_of, runs_own_code
+from fastscore.modules.narrower import without
 from fastscore.modules.norms.channel_norms import OneNode, norm_of
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
@@ -125,19 +126,24 @@ class Recording:
         return {name: of(module) for name, module in self.model.named_modules()
                 if type_of(module) == OPTYPE.IN}
 
-    def leak(self, made: Positions, read: Positions, turn: int | None = None) -> str | None:
+    def leak(self, made: Positions, read: Positions, turn: int | None = None, copies: Positions | None = None
+             ) -> str | None:
         """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`.
-        turn: what is chosen by what is changed comes out otherwise, for each number in another way; HELD: as it did."""
+        turn: what is chosen by what is changed comes out otherwise, for each number in another way; HELD: as it did.
+        copies: of layers that have several weights, those of which all that they read and make is changed."""
+        copies = copies or {}
         before, found = self.inputs, list[str]()
         choices = None if turn is None else Choices(self.choices, None if turn == HELD else turn)
 
         def compare(layer: str, call: int, x: Tensor | None) -> None:
             known = before[layer][call]
+            if layer in copies and known is not None and x is not None and x.shape == known.shape:
+                x, known = (without(each, 0, copies[layer]) for each in (x, known))
             if known is not None and x is not None and differ(x, known, self._dims[layer], read.get(layer)):
                 found.append(layer)
 
         try:
-            output = self._replay_changed(made, compare, choices)
+            output = self._replay_changed(made, compare, choices, copies)
         except Exception as error:  # of the model's code, which picks rows by what the channels hold
             if choices is not None and choices.read:
                 return READ
@@ -286,8 +292,8 @@ class Recording:
         return self._replayed[3]
 
     def _replay_changed(self, made: Positions, see: Callable[[str, int, Tensor | None], None],
-                        choices: Choices | None = None) -> Tensor:
-        """The output of a run in which layers compute nothing, but give what they gave, changed at `made`.
+                        choices: Choices | None = None, copies: Positions | None = None) -> Tensor:
+        """The output of a run in which layers compute nothing, but give what they gave, changed at `made` and `copies`.
 
         see(layer, call, input) is called for each call of a layer."""
         def forward_of(layer: str) -> Callable[..., Tensor]:
@@ -301,7 +307,8 @@ class Recording:
                 x = read_by(args, kwargs)
                 with nullcontext() if choices is None else choices.paused():
                     see(layer, call, None if x is None or _looks_at_shape(module, x) else unwrapped(x))
-                    return changed(output, self._dims[layer], made[layer]) if layer in made else output.clone()
+                    of_copies = changed(output, 0, copies[layer]) if copies and layer in copies else output
+                    return changed(of_copies, self._dims[layer], made[layer]) if layer in made else of_copies.clone()
 
             return forward
 

@@ -30,8 +30,9 @@ from fastscore.modules import frames
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import with_input
 from fastscore.modules.inspection import channel_dim, runs_own_code, submodule
-from fastscore.modules.narrower import staying
+from fastscore.modules.narrower import staying, without
 from fastscore.modules.weights.computed_weights import why_it_computes_on
+from fastscore.modules.weights.own_linear import OwnLinear
 from fastscore.wording import said
 
 _PLACE = re.compile(r"\(([^ ()]+) \(\w+\)")  # in a reason: the module that does not run
@@ -228,6 +229,11 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
     dim = channel_dim(layer)
     gone_out = gone.get((name, "outputs"))
     gone_in = gone_out if name in recording.norms else gone.get((name, "inputs"))
+    copies = gone.get((name, f"dim{whole.dims[0]}")) if isinstance(whole, OwnLinear) and len(whole.dims) > 2 else None
+
+    def kept(x: Tensor, gone_there: Tensor | None) -> Tensor:
+        return _kept(x if copies is None else without(x, 0, copies), dim, gone_there)
+
     calls, inputs = enumerate(recording.outputs[name]), recording.steady[0]
     holds_rest = cache(lambda: plain_layers.holds_rest(layer, whole, gone_in, gone_out))
 
@@ -236,12 +242,12 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
         if full is None or call >= len(inputs[name]):  # one call more, or from within a layer
             computed: Tensor = type(layer).forward(layer, *args, **kwargs)
             return computed
-        expected = _kept(full, dim, gone_out)
+        expected = kept(full, gone_out)
         before = inputs[name][call]
         x = read_by(args, kwargs)
         if before is None or x is None:
             return expected
-        read, x = _kept(before, dim, gone_in), unwrapped(x)
+        read, x = kept(before, gone_in), unwrapped(x)
         if not _alike(x, read):
             found.misread.add(name)
             found.layers.setdefault(name, f"{name} {MISREAD}: the code before it depends on which and how many there "
@@ -274,7 +280,7 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
                                               "are")
             return expected
         with recording.parameters_of(name, call), _outputs_zero(whole, gone_out):
-            want = _kept(type(whole).forward(whole, *args, **kwargs), dim, gone_out)
+            want = kept(type(whole).forward(whole, *args, **kwargs), gone_out)
         if not _alike(made, want):
             found.layers.setdefault(name, f"{name} ({type(whole).__name__}) computes something else with fewer "
                                           "channels: its weight, or what else its code does, is computed from all")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastscore.graph.groups import READS, ChannelGroup, Role
 from fastscore.graph.trials.choices import HELD, TURNS
 from fastscore.graph.trials.recording import Recording
+from fastscore.modules.weights.parameter_layers import ParameterLayer
 
 _PASSES = 4  # of a random half of the channels and the other half, twice: which miss one slip in 4, and 32 in 10^4
 
@@ -54,6 +55,7 @@ def _verify(recording: Recording, groups: Sequence[ChannelGroup], turns: Sequenc
     generators = [torch.Generator().manual_seed(zlib.crc32(group.name.encode())) for group in groups]
     made = _channels_at(groups, recording.norms, "producer")
     read = _channels_at(groups, recording.norms, *READS)
+    copies = {layer: found for layer, found in _channels_at(groups, (), "tensor").items() if layer in recording.layers}
     held = list(_held(recording.model, groups))
     for pair in zip(turns[::2], turns[1::2], strict=True):
         half = torch.cat([torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5
@@ -61,8 +63,9 @@ def _verify(recording: Recording, groups: Sequence[ChannelGroup], turns: Sequenc
         for turn, side in zip(pair, (half, ~half), strict=True):
             with entries_changed((owner, name, other, dim, index[side[channel]])
                                   for owner, name, other, dim, index, channel in held):
-                where = recording.leak({layer: index[side[channel]] for layer, (index, channel) in made.items()},
-                                       {layer: index[side[channel]] for layer, (index, channel) in read.items()}, turn)
+                of_layers, of_readers, of_copies = ({layer: index[side[channel]] for layer, (index, channel) in
+                                                     found.items()} for found in (made, read, copies))
+                where = recording.leak(of_layers, of_readers, turn, of_copies)
             if where is not None:
                 return where
     return None
@@ -91,13 +94,14 @@ def _held(model: nn.Module, groups: Sequence[ChannelGroup]
     begin = 0
     for group in groups:
         for member in group.role("tensor", "channelwise"):
-            owner, name = model.get_submodule(member.module), member.layer.rpartition(".")[2]
+            owner, name, dim = model.get_submodule(member.module), member.layer.rpartition(".")[2], member.dim
+            if isinstance(layer := owner._modules.get(name), ParameterLayer):  # one for each head, say
+                owner, name, dim = layer, "weight", layer.at(dim)
             own = {name: getattr(owner, name)} if member.role == "tensor" else \
                 {**owner._parameters, **owner._buffers}
             for key, tensor in own.items():
-                if tensor is not None and tensor.dim() > member.dim and \
-                        tensor.shape[member.dim] > int(member.index.max()):
-                    yield owner, key, another(tensor), member.dim, member.index, member.channel + begin
+                if tensor is not None and tensor.dim() > dim and tensor.shape[dim] > int(member.index.max()):
+                    yield owner, key, another(tensor), dim, member.index, member.channel + begin
         begin += len(group.unit)
 
 

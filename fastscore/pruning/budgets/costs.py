@@ -20,7 +20,7 @@ from fastscore.graph.groups import READS, ChannelGroup, Member
 from fastscore.graph.trials.plain_layers import plain_kind
 from fastscore.modules.inspection import device_of, submodule
 from fastscore.modules.macs.counting import count
-from fastscore.modules.weights.experts import ExpertLinear
+from fastscore.modules.weights.parameter_layers import ParameterLinear
 from fastscore.pruning.budgets.layer_costs import LayerCost, Places, Side, heads_cost, layer_cost, tensor_cost
 from fastscore.recovery.compensation import gets_bias
 
@@ -73,7 +73,8 @@ class Costs:
                 if member.role in _UNCOUNTED:
                     continue
                 held = submodule(model, member.module)._modules.get(member.layer.rpartition(".")[2])
-                copied = isinstance(held, ExpertLinear) and member.role == "tensor"
+                copied = member.role == "tensor" and isinstance(held, ParameterLinear) and \
+                    held.at(member.dim) == held.weight.dim() - 3
                 layer, own = submodule(model, member.module), per_layer.get(member.layer, 0.0)
                 if member.layer not in self.layers:
                     self.layers[member.layer] = heads_cost(member, layer, per_layer, heads) if member.role == "heads" \

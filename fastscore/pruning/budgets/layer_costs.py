@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.cutting import heads
 from fastscore.graph.groups import Member
+from fastscore.modules.weights.own_linear import OwnLinear
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 Side = Literal["inputs", "outputs", "copies"]
@@ -23,7 +24,8 @@ class LayerCost:
 
     bias_below: with fewer inputs than this, the layer has a bias that it had not: compensation for those that went.
     present: whether it is there; without the block that holds it, it costs nothing, whatever its width. copies: of its
-    parameters, one for each of several experts, as many of which run for each row however many there are."""
+    parameters, one for each of several experts, as many of which run for each row however many there are; or, where
+    they are `all_run`, of several heads."""
 
     inputs: int
     outputs: int
@@ -34,6 +36,7 @@ class LayerCost:
     bias_below: int = 0
     present: bool = True
     copies: int = 1
+    all_run: bool = False
 
     @property
     def width(self) -> int:
@@ -43,7 +46,11 @@ class LayerCost:
     @property
     def macs(self) -> float:
         """MACs for one sample."""
-        return self.macs_per_width * self.width if self.present else 0.0
+        return self.macs_per_width * self.width * self._runs if self.present else 0.0
+
+    @property
+    def _runs(self) -> int:
+        return self.copies if self.all_run else 1
 
     @property
     def params(self) -> float:
@@ -57,11 +64,11 @@ class LayerCost:
     def grow(self, more: int, side: Side) -> tuple[float, float]:
         """Have `more` inputs, outputs or copies; (MACs, parameters) that this adds."""
         if side == "copies":
-            before = self.params
+            macs, params = self.macs, self.params
             self.copies += more
-            return 0.0, self.params - before
+            return self.macs - macs, self.params - params
         macs, params = self._grow(more, side == "inputs")
-        return (macs, self.copies * params) if self.present else (0.0, 0.0)
+        return (self._runs * macs, self.copies * params) if self.present else (0.0, 0.0)
 
     def _grow(self, more: int, inputs: bool) -> tuple[float, float]:
         had_bias = self.inputs < self.bias_below
@@ -139,5 +146,6 @@ def layer_cost(layer: nn.Module, macs: float, counted: set[int]) -> LayerCost:
     width = outputs if channelwise else inputs * outputs
     copies = len(layer.weight) if isinstance(layer, ParameterLinear) and layer.weight.dim() == 3 else 1
     weights, biases = (numel(layer._parameters.get(name)) for name in ("weight", "bias"))
-    return LayerCost(inputs, outputs, channelwise, macs / width, weights / width / copies, biases / outputs,
-                     copies=copies)
+    all_run = copies > 1 and isinstance(layer, OwnLinear)
+    return LayerCost(inputs, outputs, channelwise, macs / width / (copies if all_run else 1),
+                     weights / width / copies, biases / outputs, copies=copies, all_run=all_run)
