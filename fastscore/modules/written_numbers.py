@@ -29,7 +29,7 @@ def of_frame(module: nn.Module, frame: FrameType) -> dict[str, int]:
     """The names of the numbers that stand in the code that runs -> they. None of code that is no method of the module,
     or of attentions whose code is another one once heads are gone."""
     kind, code = type(module), frame.f_code
-    if _method(_with_code(kind), code.co_name) is not code or own_width.asks(kind) or by_function.is_one(kind):
+    if _method(_with_code(kind), code.co_name) is not code or own_width.asks(module) or by_function.is_one(kind):
         return {}
     firsts = {now: name for name, now in _numbers_of(kind).items() if name.startswith(f"{code.co_name}{MARK}")}
     return {firsts.get(number, f"{code.co_name}{MARK}{number}"): number for number in _read(code)}

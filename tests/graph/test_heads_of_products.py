@@ -66,7 +66,7 @@ def test_they_count_and_nothing_is_said_to_stay() -> None:
     model = noisy(lambda: Network(Relative))
     graph = trace(model, _x())
     (group,) = (group for group in graph.groups if any(group.role("heads")))
-    assert group.channels == INNER and group.unit.tolist() == [c // WIDTH for c in range(INNER)]
+    assert group.unit.tolist() == [c // WIDTH for c in range(INNER)]
     assert not {"attn.places", "attn.kinds"} & graph.skipped.keys()
     scores = fastscore.score(model, [_x()], progress=False)
     assert not {"attn.places", "attn.kinds"} & scores.coverage.kept.keys()

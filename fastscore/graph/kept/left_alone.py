@@ -56,7 +56,8 @@ def named(model: nn.Module, graph: ChannelGraph, taken: Container[int]) -> Chann
                     model.get_submodule(reader), f"{own}.{key}".lstrip("."), parameter, module,
                     owners[id(parameter)] > 1, id(parameter) in taken)
     parts = {member.layer for group in graph.groups for member in group.role("tensor")}  # which no layer makes
-    return replace(graph, skipped={name: why for name, why in (graph.skipped | more).items() if name not in parts})
+    skipped = {**graph.skipped, **more}
+    return replace(graph, skipped={name: why for name, why in skipped.items() if name not in parts})
 
 
 def _reason(module: nn.Module, key: str, parameter: nn.Parameter, holder: nn.Module, shared: bool,

@@ -1,5 +1,6 @@
-"""Attention modules whose code takes the width of what they read (`B, N, C = x.shape`, x.size(-1)) for that of what
-their heads make, which is another one once heads, or channels of the stream, are gone.
+"""Attention modules whose code takes the width of what they read (`B, N, C = x.shape`, x.size(-1); of images, whose
+layers are convolutions, `B, C, H, W = x.shape`, x.size(1)) for that of what their heads make, which is another one once
+heads, or channels of the stream, are gone.
 
 Such a module gets a class of its own: the same code, but for C where it is about heads, or after their products, which
 is what its output projection reads; and where it leaves the scale of its products to PyTorch, that of the width that
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastscore.modules.attention.own_names import Spelled, is_own
+from fastscore.modules.attention.widths_asked import PRODUCTS, dim_asked, has_products, multiplies, width_name
 from fastscore.modules.changed_source import code_of, with_code
 from fastscore.modules.made_classes import Made, made_class
 from fastscore.modules.reachable_code import content
@@ -23,34 +25,38 @@ from fastscore.modules.source import tree_of
 
 _QUERIES, _OUTPUTS = ("qkv", "q", "to_q", "query", "q_proj"), ("proj", "o_proj", "out_proj", "to_out")
 _THREE = ("qkv", "to_qkv")
+_KINDS: tuple[type[nn.Module], ...] = nn.Linear, nn.modules.conv._ConvNd  # of layers, of tokens and of images
 # attribute -> what it counts; of the module or of a child
 COUNTS = ("num_heads", "n_heads", "num_attention_heads", "num_attn_heads", "n_head", "nhead", "heads")
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_kv")
-_PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
 _WIDTH, _SCALE, _SIZE = "attended_width", "attended_scale", "attended_size"
 DENSE_WIDTH = "dense_head_dim"  # attribute of attentions whose heads have lost dimensions: the width that they had
 
 
 class _OwnWidth(Made):
     """What the classes made here have besides the code of their modules: the attributes that it takes before its first
-    product, and from there on; those that it divides by; and whether it asks for the width of what it reads."""
+    product, and from there on; those that it divides by; whether it asks for the width of what it reads; and whether
+    that is of images."""
 
     _first_read: tuple[str, ...]
     _then_read: tuple[str, ...]
     _divisors: frozenset[str]
     _asks: bool
+    _images: bool
 
     @property
     def attended_width(self) -> int:
         """Of what the heads make, and the output projection reads."""
         module: Any = self
-        return _attended(module, self._then_read)
+        return _attended(module, self._then_read, self._images)
 
     def attended_size(self, x: Tensor, dim: int) -> int:
-        """x.shape[dim]; of its last dimension, where that is as wide as what the module reads, `attended_width`."""
+        """x.shape[dim]; of the dimension of its channels, where they are as many as the module reads, `attended_width`.
+        """
         module: Any = self
-        reader = _called(module, _QUERIES) or _called(module, self._first_read)
-        own = dim % x.dim() == x.dim() - 1 and reader is not None and x.shape[dim] == reader.in_features
+        reader = _called(module, _QUERIES, self._images) or _called(module, self._first_read, self._images)
+        own = dim % x.dim() == (1 if self._images else x.dim() - 1) and reader is not None and \
+            x.shape[dim] == _inputs(reader)
         return self.attended_width if own else x.shape[dim]
 
     @property
@@ -73,63 +79,75 @@ def _of_heads(module: nn.Module) -> int:
     return count * width
 
 
-def _of_three(module: nn.Module) -> int:
+def _of_three(module: nn.Module, images: bool) -> int:
     """The width of all heads, of a module that makes queries, keys and values in one layer; 0 of any other."""
-    layer = _called(module, _THREE)
-    return 0 if layer is None or layer.out_features % 3 else layer.out_features // 3
+    layer: Any = _called(module, _THREE, images)
+    made = 0 if layer is None else layer.out_channels if images else layer.out_features
+    return 0 if made % 3 else made // 3
 
 
-def _attended(module: nn.Module, after: Sequence[str]) -> int:
+def _attended(module: nn.Module, after: Sequence[str], images: bool) -> int:
     """The width of what the heads of a module make, 0 where nothing says it. after: what its code takes from its first
     product on."""
-    projection = output_projection(module)
+    projection = _called(module, _OUTPUTS, images)
     total = 0 if projection is not None else _of_heads(module)
     if projection is None and not total:
-        projection = _called(module, after[::-1])
-        total = _of_three(module)
-    return projection.in_features if projection is not None else total
+        projection = _called(module, after[::-1], images)
+        total = _of_three(module, images)
+    return _inputs(projection) if projection is not None else total
 
 
-def _called(module: nn.Module, names: Iterable[str]) -> nn.Linear | None:
-    """The first of these children that is a Linear."""
-    return next((layer for name in names if isinstance(layer := module._modules.get(name), nn.Linear)), None)
+def _called(module: nn.Module, names: Iterable[str], images: bool) -> nn.Module | None:
+    """The first of these children that is a Linear; of a module that reads images, a convolution."""
+    return next((layer for name in names if isinstance(layer := module._modules.get(name), _KINDS[images])), None)
+
+
+def _inputs(layer: Any) -> int:
+    """How many channels a layer reads."""
+    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
 
 
 def replacement(module: nn.Module) -> type[nn.Module] | None:
     """The class that computes the same of the width that the heads have; None for a module whose heads are, today, not
     as wide as what it reads, or whose code does not ask for the width of that."""
-    linears = sum(isinstance(layer, nn.Linear) for layer in module._modules.values())
-    if isinstance(module, _OwnWidth) or not linears or (linears == 1 and not _of_three(module)):
+    return None if isinstance(module, _OwnWidth) else _replacement(module, False) or _replacement(module, True)
+
+
+def _replacement(module: nn.Module, images: bool) -> type[nn.Module] | None:
+    layers = sum(isinstance(layer, _KINDS[images]) for layer in module._modules.values())
+    if not layers or (layers == 1 and not _of_three(module, images)):
         return None
     kind: Any = type(module)
-    made: Any = with_own_width(kind)
+    made: Any = with_own_width(kind, True) if images else with_own_width(kind)
     if made is None:
         return None
-    projection, reader = output_projection(module), _called(module, _QUERIES)
-    if projection is None or reader is None or not any(name in vars(module) for name in COUNTS):
-        reader = reader or _called(module, made._first_read)
+    projection, reader = _called(module, _OUTPUTS, images), _called(module, _QUERIES, images)
+    if images or projection is None or reader is None or not any(name in vars(module) for name in COUNTS):
+        reader = reader or _called(module, made._first_read, images)
         if not made._asks or not any(name in vars(module) for name in {*made._divisors, *COUNTS}):
             return None
-    return made if reader is not None and reader.in_features == _attended(module, made._then_read) else None
+    return made if reader is not None and _inputs(reader) == _attended(module, made._then_read, images) else None
 
 
-def asks(cls: Any) -> bool:
-    """Whether a class has such code, or another in its place already."""
-    return issubclass(cls, _OwnWidth) or with_own_width(cls) is not None
+def asks(module: nn.Module) -> bool:
+    """Whether a module has such code, or another in its place already."""
+    kind: Any = type(module)
+    return isinstance(module, _OwnWidth) or with_own_width(kind) is not None or _replacement(module, True) is not None
 
 
 @cache
-def with_own_width(cls: type[nn.Module]) -> type[nn.Module] | None:
+def with_own_width(cls: type[nn.Module], images: bool = False) -> type[nn.Module] | None:
     """The class whose forward, and methods that this hands on what it reads to, read `attended_width` and
     `attended_scale`; None where their code asks for neither."""
-    code, read = _rewritten(cls, "forward")
+    code, read = _rewritten(cls, "forward", images)
     codes = {"forward": code}
     for name in read.pop("hands_on", ()):  # what it reads, to a method of its own
-        codes[name], of_method = _rewritten(cls, name)
+        codes[name], of_method = _rewritten(cls, name, images)
         if codes[name] is not None:
             read |= {key: read[key] | of_method[key] for key in ("_divisors", "_asks")}
     functions = {name: _rewrapped(getattr(cls, name), code) for name, code in codes.items() if code is not None}
-    return made_class(_OwnWidth, cls, with_own_width, **functions, **read) if functions else None
+    return made_class(_OwnWidth, cls, with_own_width, *([True] if images else []), _images=images, **functions,
+                      **read) if functions else None
 
 
 def _rewrapped(old: Any, code: CodeType) -> FunctionType:
@@ -151,8 +169,8 @@ def _decorated(function: Any) -> Any:
     return inner if len(held) == 1 else None
 
 
-def _rewritten(cls: type[nn.Module], name: str) -> tuple[CodeType | None, dict[str, Any]]:
-    """The code of a method, with the last dimension of its first tensor's shape replaced, None where it has none; and
+def _rewritten(cls: type[nn.Module], name: str, images: bool) -> tuple[CodeType | None, dict[str, Any]]:
+    """The code of a method, with the width in its first tensor's shape replaced, None where it has none; and
     what else a class of _OwnWidth says of it, and the methods that it hands on what it reads to, where it can be read.
 
     One that refers to what stands around it stays as it is, and what stands around it by decorators does so.
@@ -172,23 +190,25 @@ def _rewritten(cls: type[nn.Module], name: str) -> tuple[CodeType | None, dict[s
     function.decorator_list = []
     x, owner = function.args.args[1].arg, function.args.args[0].arg
     Spelled(function, owner, cls, COUNTS).visit(function)
-    divisors = _divisors(function, owner, x)
+    divisors = _divisors(function, owner, x, images)
     hands_on = [node.func.attr for node in ast.walk(function) if isinstance(node, ast.Call) and node.args
                 and is_own(node.func, owner) and isinstance(node.args[0], ast.Name) and node.args[0].id == x]
-    products = {*_PRODUCTS, *(node.attr for node in ast.walk(function) if is_own(node, owner)
-                              and _has_products(inspect.getattr_static(cls, node.attr, None)))}
+    products = {*PRODUCTS, *(node.attr for node in ast.walk(function) if is_own(node, owner)
+                              and has_products(inspect.getattr_static(cls, node.attr, None)))}
     layers = {node.func.attr for node in ast.walk(function) if isinstance(node, ast.Call)
               and is_own(node.func, owner) and inspect.getattr_static(cls, node.func.attr, None) is None}
-    widths = _Widths(owner, x, divisors, products, layers)
-    product = min((_place(node) for node in ast.walk(function) if _multiplies(node, products)), default=(0, 0))
-    names = sorted((_place(node), node.attr) for node in ast.walk(function) if is_own(node, owner))
+    widths = _Widths(owner, x, images, divisors, products, layers)
+    product = min((_place(node) for node in ast.walk(function) if multiplies(node, products)), default=(0, 0))
+    around = {call.func: _place(call) for call in ast.walk(function) if isinstance(call, ast.Call)
+              and any(multiplies(part, products) and _place(part) == product for part in ast.walk(call))}
+    names = sorted((around.get(node, _place(node)), node.attr) for node in ast.walk(function) if is_own(node, owner))
     for number, statement in enumerate(function.body):
-        if (width := _width_name(statement, x)) is not None:
+        if (width := width_name(statement, x, images)) is not None:
             widths.names.add(width)
         else:
             function.body[number] = widths.visit(statement)
     unscaled = [call for call in ast.walk(function) if isinstance(call, ast.Call)
-                and _PRODUCTS[0] in (getattr(call.func, "attr", ""), getattr(call.func, "id", ""))
+                and PRODUCTS[0] in (getattr(call.func, "attr", ""), getattr(call.func, "id", ""))
                 and all(keyword.arg not in (None, "scale") for keyword in call.keywords)]
     for call in unscaled:
         scale = ast.parse(f"{function.args.args[0].arg}.{_SCALE}", mode="eval").body
@@ -201,14 +221,14 @@ def _rewritten(cls: type[nn.Module], name: str) -> tuple[CodeType | None, dict[s
     return code_of(tree, forward), read
 
 
-def _divisors(function: ast.FunctionDef, owner: str, x: str) -> frozenset[str]:
+def _divisors(function: ast.FunctionDef, owner: str, x: str, images: bool) -> frozenset[str]:
     """The attributes of a module that its code divides the width of x by; of code that does not, and names no count of
     heads either, all that it divides by. One that divides rows alone, as the side of a window does, is none of them."""
-    widths = {_width_name(node, x) for node in ast.walk(function) if isinstance(node, ast.stmt)}
+    widths = {width_name(node, x, images) for node in ast.walk(function) if isinstance(node, ast.stmt)}
     divisions = [(node.left, node.right.attr) for node in ast.walk(function) if isinstance(node, ast.BinOp)
                  and isinstance(node.op, ast.FloorDiv) and is_own(node.right, owner)]
     of_width = frozenset(name for left, name in divisions if any(
-        _dim_asked(part, x) is not None or getattr(part, "id", "") in widths for part in ast.walk(left)))
+        dim_asked(part, x, images) is not None or getattr(part, "id", "") in widths for part in ast.walk(left)))
     counted = any(is_own(node, owner) and node.attr in COUNTS for node in ast.walk(function))
     return of_width if of_width or counted else frozenset(name for _, name in divisions)
 
@@ -226,18 +246,19 @@ class _Widths(ast.NodeTransformer):
     of usual names. products: names of functions, and of its methods, that multiply activations. layers: that it calls.
     """
 
-    def __init__(self, owner: str, x: str, counts: Iterable[str], products: Collection[str], layers: set[str]) -> None:
+    def __init__(self, owner: str, x: str, images: bool, counts: Iterable[str], products: Collection[str],
+                 layers: set[str]) -> None:
         self.names: set[str] = set()
         self._counts, self._products, self._layers = {*COUNTS, *counts}, products, layers
         self.changed = False
-        self._owner, self._x, self._multiplied, self._here = owner, x, False, False
+        self._owner, self._x, self._images, self._multiplied, self._here = owner, x, images, False, False
 
     def visit(self, node: ast.AST) -> Any:
         """The node with that changed in it."""
         if not isinstance(node, ast.stmt) or hasattr(node, "body"):
             return super().visit(node)
         inner = list(ast.walk(node))
-        self._multiplied |= any(_multiplies(part, self._products) for part in inner)
+        self._multiplied |= any(multiplies(part, self._products) for part in inner)
         self._here = self._multiplied or self._counts_heads(inner)
         changed = self.generic_visit(node)
         self._here = False
@@ -281,63 +302,9 @@ class _Widths(ast.NodeTransformer):
         return isinstance(node, ast.Call) and is_own(node.func, self._owner) and node.func.attr in _OUTPUTS
 
     def _asked(self, node: ast.expr) -> ast.expr | None:
-        dim = _dim_asked(node, self._x) if self._here else None
+        dim = dim_asked(node, self._x, self._images) if self._here else None
         if dim is None or not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
             return None
         self.changed = True
         return ast.copy_location(ast.Call(ast.Attribute(ast.Name(self._owner, ast.Load()), _SIZE, ast.Load()),
                                           [ast.Name(self._x, ast.Load()), dim], []), node)
-
-
-def _is_shape(node: ast.AST, x: str) -> bool:
-    """Whether it is x.shape, or x.size."""
-    return isinstance(node, ast.Attribute) and node.attr in ("shape", "size") and isinstance(node.value, ast.Name) \
-        and node.value.id == x
-
-
-def _dim_asked(node: ast.AST, x: str) -> ast.expr | None:
-    """The dimension in x.shape[dim] or x.size(dim) that may be the last; None of other code."""
-    if isinstance(node, ast.Subscript):
-        of, dims = node.value, [node.slice]
-    elif isinstance(node, ast.Call) and not node.keywords:
-        of, dims = node.func, node.args
-    else:
-        return None
-    number = ast.unparse(dims[0]) if _is_shape(of, x) and len(dims) == 1 else ""
-    return dims[0] if number == "-1" or (number.isdigit() and int(number) > 1) else None
-
-
-def _has_products(method: Any) -> bool:
-    """Whether the code of a method names products of activations."""
-    code = getattr(getattr(method, "__func__", method), "__code__", None)
-    return code is not None and not set(_PRODUCTS).isdisjoint(code.co_names)
-
-
-def _multiplies(node: ast.AST, products: Collection[str]) -> bool:
-    """Whether it is a product of activations, or of attention."""
-    if isinstance(node, ast.BinOp):
-        return isinstance(node.op, ast.MatMult)
-    function = node.func if isinstance(node, ast.Call) else None
-    name = getattr(function, "attr", getattr(function, "id", ""))
-    return name in products
-
-
-def _width_name(statement: ast.stmt, x: str) -> str | None:
-    """Of `..., name = x.shape` (or x.size()), of three or more names, the last, and the same of `..., name, heads =
-    *x.shape, self.heads`; of `name = x.shape[-1]` (or x.size(-1)) that; None for all other statements."""
-    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-        return None
-    target, value = statement.targets[0], statement.value
-    if isinstance(value, (ast.Subscript, ast.Call)) and isinstance(target, ast.Name):
-        dim = _dim_asked(value, x)
-        return target.id if dim is not None and ast.unparse(dim) == "-1" else None
-    names = target.elts if isinstance(target, ast.Tuple) else []
-    if isinstance(value, ast.Tuple) and value.elts and isinstance(value.elts[0], ast.Starred):
-        names = names[:len(names) + 1 - len(value.elts)]
-        value = value.elts[0].value
-    if isinstance(value, ast.Call) and not value.args:
-        value = value.func
-    if not _is_shape(value, x) or len(names) < 3:
-        return None
-    last = names[-1]
-    return last.id if isinstance(last, ast.Name) and last.id != "_" else None
