@@ -199,9 +199,10 @@ def _rewritten(cls: type[nn.Module], name: str, images: bool) -> tuple[CodeType 
               and is_own(node.func, owner) and inspect.getattr_static(cls, node.func.attr, None) is None}
     widths = _Widths(owner, x, images, divisors, products, layers)
     product = min((_place(node) for node in ast.walk(function) if multiplies(node, products)), default=(0, 0))
-    around = {call.func: _place(call) for call in ast.walk(function) if isinstance(call, ast.Call)
-              and any(multiplies(part, products) and _place(part) == product for part in ast.walk(call))}
-    names = sorted((around.get(node, _place(node)), node.attr) for node in ast.walk(function) if is_own(node, owner))
+    calls = {call.func: call for call in ast.walk(function) if isinstance(call, ast.Call)}
+    names = sorted((_place(calls.get(node, node)), node.attr, _place(node) >= product or any(
+        multiplies(part, products) and _place(part) == product for part in ast.walk(calls.get(node, node))))
+        for node in ast.walk(function) if is_own(node, owner))  # of what is called, what it reads comes first
     for number, statement in enumerate(function.body):
         if (width := width_name(statement, x, images)) is not None:
             widths.names.add(width)
@@ -213,8 +214,8 @@ def _rewritten(cls: type[nn.Module], name: str, images: bool) -> tuple[CodeType 
     for call in unscaled:
         scale = ast.parse(f"{function.args.args[0].arg}.{_SCALE}", mode="eval").body
         call.keywords.append(ast.keyword("scale", scale))
-    read = {"_first_read": tuple(name for place, name in names if place < product), "_divisors": divisors,
-            "_then_read": tuple(name for place, name in names if place >= product), "_asks": widths.changed,
+    read = {"_first_read": tuple(name for _, name, behind in names if not behind), "_divisors": divisors,
+            "_then_read": tuple(name for _, name, behind in names if behind), "_asks": widths.changed,
             "hands_on": hands_on}
     if not widths.changed and not unscaled:
         return None, read
