@@ -76,10 +76,29 @@ class Sequences(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).mT.reshape(B, C, T))
 
 
+class Tokens(nn.Module):
+    """Of tokens, which lie before channels, by convolutions: what is second in their shape is no width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.head_dim = HEADS, WIDTH // HEADS
+        self.q, self.k, self.v, self.out = (nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mT
+        return self.attend(x).mT
+
+    def attend(self, x: Tensor) -> Tensor:
+        B, N, _C = x.shape
+        q, k, v = (layer(x.mT).view(B, self.heads, self.head_dim, N) for layer in (self.q, self.k, self.v))
+        y = v @ (q.mT @ k).softmax(-1).mT
+        return self.out(y.reshape(B, -1, N)).mT
+
+
 class Network(nn.Module):
     def __init__(self, attention: Callable[[], nn.Module]) -> None:
         super().__init__()
-        conv: Any = nn.Conv1d if attention is Sequences else nn.Conv2d
+        conv: Any = nn.Conv1d if attention in (Sequences, Tokens) else nn.Conv2d
         self.embed, self.attn = conv(3, WIDTH, 1), attention()
         self.wide, self.narrow = conv(WIDTH, 16, 1), conv(16, WIDTH, 1)
         self.head = nn.Linear(WIDTH, 2)
@@ -92,14 +111,14 @@ class Network(nn.Module):
 
 
 def _x(attention: Callable[[], nn.Module]) -> Tensor:
-    size = (6,) if attention is Sequences else (4, 3)
+    size = (6,) if attention in (Sequences, Tokens) else (4, 3)
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)).double()
 
 
-@pytest.mark.parametrize("attention", [Pixels, Together, Across, Sequences])
+@pytest.mark.parametrize("attention", [Pixels, Together, Across, Sequences, Tokens])
 def test_heads_and_streams_go(attention: Callable[[], nn.Module], tmp_path: Path) -> None:
     """Everything from data to a file, by brute force."""
-    first = {Pixels: "ask", Sequences: "q"}.get(attention, "qkv")
+    first = {Pixels: "ask", Sequences: "q", Tokens: "q"}.get(attention, "qkv")
     check(lambda: Network(attention), _x(attention), ["embed", f"attn.{first}", "wide"], tmp_path)
 
 

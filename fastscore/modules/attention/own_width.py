@@ -115,6 +115,8 @@ def replacement(module: nn.Module) -> type[nn.Module] | None:
 
 def _replacement(module: nn.Module, images: bool) -> type[nn.Module] | None:
     layers = sum(isinstance(layer, _KINDS[images]) for layer in module._modules.values())
+    if images and any(isinstance(layer, nn.Linear) for layer in module._modules.values()):
+        return None  # it reads tokens
     if not layers or (layers == 1 and not _of_three(module, images)):
         return None
     kind: Any = type(module)
@@ -203,11 +205,16 @@ def _rewritten(cls: type[nn.Module], name: str, images: bool) -> tuple[CodeType 
     names = sorted((_place(calls.get(node, node)), node.attr, _place(node) >= product or any(
         multiplies(part, products) and _place(part) == product for part in ast.walk(calls.get(node, node))))
         for node in ast.walk(function) if is_own(node, owner))  # of what is called, what it reads comes first
-    for number, statement in enumerate(function.body):
-        if (width := width_name(statement, x, images)) is not None:
-            widths.names.add(width)
-        else:
-            function.body[number] = widths.visit(statement)
+    body, function.body = function.body, []
+    for statement in body:
+        if (width := width_name(statement, x, images)) is None:
+            function.body.append(widths.visit(statement))
+            continue
+        widths.names.add(width)
+        function.body.append(statement)
+        if images:  # which it may not be, of tokens that lie second
+            of_heads = ast.parse(f"{_WIDTH}_{width} = {owner}.{_SIZE}({x}, 1)").body[0]
+            function.body.append(ast.copy_location(of_heads, statement))
     unscaled = [call for call in ast.walk(function) if isinstance(call, ast.Call)
                 and PRODUCTS[0] in (getattr(call.func, "attr", ""), getattr(call.func, "id", ""))
                 and all(keyword.arg not in (None, "scale") for keyword in call.keywords)]
@@ -272,6 +279,8 @@ class _Widths(ast.NodeTransformer):
         if not (self._here and node.id in self.names and isinstance(node.ctx, ast.Load)):
             return node
         self.changed = True
+        if self._images:
+            return ast.copy_location(ast.Name(f"{_WIDTH}_{node.id}", ast.Load()), node)
         owner = ast.copy_location(ast.Name(self._owner, ast.Load()), node)
         return ast.copy_location(ast.Attribute(owner, _WIDTH, ast.Load()), node)
 
