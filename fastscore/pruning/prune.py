@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed, nn
 
+from fastscore.arguments import check_flag
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.not_finite import naming_samples
 from fastscore.batches.outputs import checked_forward
@@ -155,6 +156,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         RuntimeError: a smaller model that does not run, for another reason than a width, at which it stays wider.
     """
     model = unwrapped(model)
+    check_flag("inplace", inplace)
     quality = Quality(agreement, kl, confidence)
     budgets = quality.alone(Budgets(channels, params, macs, latency), calibration)
     ranking = Ranking(scope, cost_aware, multiple(round_to, latency, clock), floor)

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from torch import distributed
 
-from fastscore.arguments import check_number, check_whole
+from fastscore.arguments import check_flag, check_number, check_whole
 from fastscore.batches.checks import check_iterable
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.graph.scored_units import Units, named
@@ -123,6 +123,7 @@ def origin_of(importance: str, gradient: Gradient, normalize: bool, probes: Prob
               sample_dims: int) -> Origin:
     """The Origin of a call of score(): importances that read weights alone have no gradient, and probes="exact" takes
     the basis."""
+    _check_flags(normalize, center)
     units = named(units)
     if importance in WEIGHT_IMPORTANCES and (reduction, ablation) == ("sum", "zero"):
         return Origin(importance, reduction, "none", False, seed, "none", "", units, ablation, layerwise, center,
@@ -130,6 +131,12 @@ def origin_of(importance: str, gradient: Gradient, normalize: bool, probes: Prob
     distribution = "basis" if probes == "exact" else distribution
     return Origin(importance, reduction, gradient, normalize, seed, distribution, "", units, ablation, layerwise,
                   center, sample_dims)
+
+
+def _check_flags(normalize: bool, center: bool) -> None:
+    """Raise TypeError for "no", which is true."""
+    check_flag("normalize", normalize)
+    check_flag("center", center)
 
 
 def check(batches: object, origin: Origin, sampling: Sampling, execution: Execution, persistence: Persistence) -> None:
@@ -162,6 +169,7 @@ def check(batches: object, origin: Origin, sampling: Sampling, execution: Execut
 def check_loop(origin: Origin) -> None:
     """Raise ValueError where a training loop's own gradients do not tell what `origin` asks for."""
     row = gradient_importance(origin.importance, origin.reduction, origin.ablation)
+    _check_flags(origin.normalize, origin.center)
     divided = origin.gradient == "loss" and origin.normalize
     _refuse(
         (row.filters and divided, f"normalize: {origin.importance!r} reads the weight gradients of whole batches, "

@@ -30,7 +30,7 @@ import fastscore
     (lambda m, s: fastscore.prune_iteratively(m, [X], macs="half", steps=2, progress=False), "macs"),
     (lambda m, s: fastscore.prune_iteratively(m, [X], macs=0.5, steps="two", progress=False), "steps"),
     *((lambda m, s, name=name, value=value: fastscore.prune(m, s, X, macs=0.5, **{name: value}), name)
-      for name, value in (("round_to", 2.5), ("compensate", "mean"), ("cost_aware", "yes"))),
+      for name, value in (("round_to", 2.5), ("compensate", "mean"), ("cost_aware", "yes"), ("inplace", "no"))),
     (lambda m, s: fastscore.prune_iteratively(m, 5, macs=0.5, steps=2, progress=False), "batches"),
     (lambda m, s: fastscore.prune_iteratively(m, [X], macs=0.5, steps=1, finetune=3, progress=False), "finetune"),
     (lambda m, s: fastscore.curve(m, s, [X], macs=0.7, progress=False), "macs"),
@@ -44,7 +44,9 @@ import fastscore
     (lambda m, s: fastscore.Scorer(m, X, output=3), "output"),
     (lambda m, s: s.overlap("x"), "fraction"),
     *((lambda m, s, name=name, value=value: score(m, **{name: value}), name)
-      for name, value in (("probes", 2.5), ("probes", None), ("samples", 2.5), ("seed", 1.5), ("seed", "x"))),
+      for name, value in (("probes", 2.5), ("probes", None), ("samples", 2.5), ("seed", 1.5), ("seed", "x"),
+                          ("normalize", "no"), ("center", "no"))),
+    (lambda m, s: fastscore.Scorer(m, X, normalize="no"), "normalize"),
     (lambda m, s: score(m, gradient="loss", loss=3), "loss"),
     *((lambda m, s, name=name: fastscore.distill(m, m, [X], progress=False, **{"steps": 1, name: "x"}), name)
       for name in ("steps", "temperature", "feature_weight", "warmup", "clip", "looks", "patience", "loss")),
