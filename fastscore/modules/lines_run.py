@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 Line: TypeAlias = tuple[str, int]  # file, number
 Parents: TypeAlias = Mapping[ast.AST, ast.AST]
 
+_CHOICES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
 
 def lines_run(run: Callable[[], object], files: Collection[str]) -> set[Line]:
     """The lines of some files that `run` comes to in this thread, as far as it comes."""
@@ -77,6 +79,20 @@ def has_run(function: FunctionType, node: ast.AST, parents: Parents, lines: Coll
             return are_among(lines, function, part)
         part = above if isinstance(above, ast.expr | ast.stmt) else part
     return False
+
+
+def is_chosen(node: Any, parents: Parents) -> bool:
+    """Whether an expression may be passed by, where what else stands in its line runs."""
+    return any(node not in ast.walk(_first(each)) for each in outwards(node, parents) if isinstance(each, _CHOICES) or (
+        isinstance(each, ast.If | ast.While | ast.For) and each.lineno == node.lineno))
+
+
+def _first(choice: Any) -> ast.AST:
+    """What of a choice, or loop, runs whatever is chosen."""
+    first: ast.AST = choice.generators[0].iter if hasattr(choice, "generators") else choice.values[0] if isinstance(
+        choice, ast.BoolOp) else choice.iter if isinstance(choice, ast.For) else choice.args if isinstance(
+        choice, ast.Lambda) else choice.test
+    return first
 
 
 def _lines_beside(part: ast.AST, choice: Any) -> set[int]:

@@ -14,9 +14,9 @@ from torch import nn
 
 from fastscore.modules import config_numbers, written_numbers
 from fastscore.modules.changed_source import places_of
-from fastscore.modules.lines_run import Line, Parents, are_among, has_run, outwards
-from fastscore.modules.reachable_code import ReachableCode, content, functions_in, is_torchs
-from fastscore.modules.view_sizes import dims_of, is_open, name_of, sizes_in
+from fastscore.modules.lines_run import Line, Parents, are_among, has_run, is_chosen, outwards
+from fastscore.modules.reachable_code import ReachableCode, argument_of, content, functions_called
+from fastscore.modules.view_sizes import THROUGH, dims_of, is_open, name_of, sizes_in
 
 Seed: TypeAlias = tuple[str, Any]  # "attribute", "number" or "argument", and which
 
@@ -26,7 +26,6 @@ _VIEWS = {"view", "reshape", "unflatten"}  # of which those with a size of -1 ta
 _ZEROS = {"zeros", "new_zeros", "empty", "new_empty"}  # which may be of another dimension than channels
 _SEEN = {"split", "split_with_sizes", "narrow", "expand", "ones", "new_ones", "rand", "randn"}
 _SIZES_FIRST = {"zeros", "empty", "ones", "rand", "randn"}  # functions that have their sizes in the place of a tensor
-_THROUGH = {"int", "tuple", "list", "Size"}
 _HARMLESS = {"isinstance", "len", "print", "str", "repr", "hasattr", "format", "type"}
 _CHECKS = {"_assert", "_check"}
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)
@@ -154,7 +153,7 @@ class Uses:
             yield from self._uses(function, parent, parents)
         elif isinstance(parent, ast.Slice):
             subscript = next(each for each in outwards(parent, parents) if isinstance(each, ast.Subscript))
-            yield None if are_among(self._seen, function, subscript) else subscript
+            yield None if self._was_seen(function, subscript, parents) else subscript
         elif isinstance(parent, ast.Call) and node is not parent.func:
             yield from self._of_call(function, node, parent, parents)
         elif isinstance(parent, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr):
@@ -206,15 +205,15 @@ class Uses:
         name = name_of(call)
         of_size = name not in _SIZES | _SEEN or not call.args or node is not call.args[0] or \
             name in _SIZES_FIRST or not self._is_function(function, call.func)
-        if name in _THROUGH:
+        if name in THROUGH:
             yield from self._uses(function, call, parents)
         elif of_size and (name in _SEEN or (self._lines is None and self._seen
                                             and self._may_be_of_others(function, node, call, parents))):
-            yield None if are_among(self._seen, function, call) else call
+            yield None if self._was_seen(function, call, parents) else call
         elif name not in _SIZES | _HARMLESS or not of_size:
             called = self._objects(function, call.func)
-            functions = [each for thing in called or () for each in _functions_called(thing)]
-            arguments = {(each, _argument(each, call, node, bound)) for each, bound in functions}
+            functions = [each for thing in called or () for each in functions_called(thing)]
+            arguments = {(each, argument_of(each, call, node, bound)) for each, bound in functions}
             if not functions or any(argument is None for _, argument in arguments):
                 yield call
             for each, argument in arguments:
@@ -224,9 +223,10 @@ class Uses:
         """Whether a view or zeros with a number may be of something else than channels, and no error says so."""
         name, sizes = name_of(call), sizes_in(call, self._is_function(function, call.func) and name_of(call) in _VIEWS)
         tree = [node, *outwards(node, parents)][-1]
+        if name in _ZEROS:
+            return not any(map(self._counts, dims_of(self._node, sizes, tree)))
         return name == "rearrange" or (name in _VIEWS and is_open(
-            sizes, tree, lambda size: self._objects(function, size) or ())) or (
-            name in _ZEROS and not any(map(self._counts, dims_of(self._node, sizes, tree))))
+            sizes, tree, lambda size: self._objects(function, size) or ()))
 
     def _counts(self, dim: tuple[int, int]) -> bool:
         """Whether it was seen to count channels along such a dimension: the same from the first where modules convolve,
@@ -236,6 +236,15 @@ class Uses:
         convolves = any(isinstance(each, nn.modules.conv._ConvNd) for each in whole.modules())
         return any((number == other and (convolves or count <= 2)) or (
             number - count == other - others and (not convolves or count <= 2)) for other, others in self._dims)
+
+    def _was_seen(self, function: FunctionType, node: Any, parents: Parents) -> bool:
+        """Whether a cut, or a call that makes something of a size, is one of those that were seen: of what may be
+        passed by in its line, where no other one stands in that."""
+        others = (each for each in ast.walk([*outwards(node, parents)][-1]) if each is not node and (
+            (isinstance(each, ast.Subscript) and any(isinstance(part, ast.Slice) for part in ast.walk(each.slice)))
+            or (isinstance(each, ast.Call) and name_of(each) in _SIZES | _SEEN)))
+        return are_among(self._seen, function, node) and not (is_chosen(node, parents) and any(
+            each.lineno <= node.end_lineno and node.lineno <= (each.end_lineno or 0) for each in others))
 
     def _is_function(self, function: FunctionType, called: ast.AST) -> bool:
         """Whether no method is called, but a function, which has the tensor as its first argument."""
@@ -257,29 +266,6 @@ def _attribute(held: Any, name: str) -> Any:
     if found is _UNKNOWN and isinstance(held, nn.Module):
         return (held._modules | held._parameters | held._buffers).get(name, _UNKNOWN)
     return _UNKNOWN if hasattr(found, "__get__") else found
-
-
-def _functions_called(called: Any) -> Iterator[tuple[FunctionType, bool]]:
-    """(function, whether its first argument is given already) of what is called."""
-    if isinstance(called, nn.Module):
-        called = called.forward
-    for function in functions_in(called) if not isinstance(called, type) else ():
-        if is_torchs(function):
-            return
-        yield function, inspect.ismethod(called)
-
-
-def _argument(function: FunctionType, call: ast.Call, node: ast.AST, bound: bool) -> str | None:
-    """The name that a function has for what it is called with; None where nobody knows."""
-    code = function.__code__
-    names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
-    for keyword in call.keywords:
-        if keyword is node or keyword.value is node:
-            return keyword.arg if keyword.arg in names else None
-    if node not in call.args or any(isinstance(each, ast.Starred) for each in call.args):
-        return None
-    at = call.args.index(node) + bound
-    return names[at] if at < code.co_argcount else None
 
 
 def _in_vain(node: ast.AST, parents: Parents) -> bool:

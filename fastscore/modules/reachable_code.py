@@ -97,6 +97,29 @@ def functions_in(value: Any) -> Iterator[FunctionType]:
             yield from functions_in(inside)
 
 
+def functions_called(called: Any) -> Iterator[tuple[FunctionType, bool]]:
+    """(function, whether its first argument is given already) of what is called."""
+    if isinstance(called, nn.Module):
+        called = called.forward
+    for function in functions_in(called) if not isinstance(called, type) else ():
+        if is_torchs(function):
+            return
+        yield function, inspect.ismethod(called)
+
+
+def argument_of(function: FunctionType, call: ast.Call, node: ast.AST, bound: bool) -> str | None:
+    """The name that a function has for what it is called with; None where nobody knows."""
+    code = function.__code__
+    names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+    for keyword in call.keywords:
+        if keyword is node or keyword.value is node:
+            return keyword.arg if keyword.arg in names else None
+    if node not in call.args or any(isinstance(each, ast.Starred) for each in call.args):
+        return None
+    at = call.args.index(node) + bound
+    return names[at] if at < code.co_argcount else None
+
+
 def is_torchs(thing: Any) -> bool:
     """Whether a class or function is PyTorch's own, Python's, or stands in for such."""
     return str(thing.__module__).partition(".")[0] in ("torch", "builtins", "collections", __name__.partition(".")[0])

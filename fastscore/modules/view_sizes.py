@@ -4,6 +4,8 @@ import ast
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+THROUGH = {"int", "tuple", "list", "Size"}  # functions that give back what they are given
+_COUNTS = {"len", "size", "numel", "dim", "prod", "range"}
 _WORDS = {"shape", "size", "sizes"}  # arguments that are sizes
 
 
@@ -37,29 +39,41 @@ def dims_of(node: ast.AST, sizes: Sequence[ast.expr], tree: ast.AST) -> set[tupl
     return {(number, len(sizes)) for number, size in enumerate(sizes) if any(part is node for part in ast.walk(size))}
 
 
-def _may_be_open(size: ast.expr, tree: ast.AST, held: Callable[[ast.expr], Collection[Any]], seen: set[str]) -> bool:
-    if isinstance(size, ast.UnaryOp):
-        return isinstance(size.op, ast.USub) and getattr(size.operand, "value", 1) == 1
-    if isinstance(size, ast.Tuple | ast.List | ast.Starred | ast.IfExp | ast.BinOp):
-        sum_of_tuples = not isinstance(size, ast.BinOp) or isinstance(size.op, ast.Add)
-        return sum_of_tuples and any(_may_be_open(each, tree, held, seen) for each in ast.iter_child_nodes(size)
-                                     if isinstance(each, ast.expr))
-    if isinstance(size, ast.Name) and (values := list(_set_to(size.id, tree))):
-        known = size.id in seen
-        seen.add(size.id)
-        return not known and any(value is None or _may_be_open(value, tree, held, seen) for value in values)
-    return any(value == -1 or (isinstance(value, tuple | list) and -1 in value) for value in held(size))
+def _may_be_open(size: ast.AST, tree: ast.AST, held: Callable[[ast.expr], Collection[Any]], seen: set[str]) -> bool:
+    match size:
+        case ast.UnaryOp(ast.USub(), ast.Constant(value)):
+            return value == 1
+        case ast.UnaryOp(ast.USub()) | ast.BinOp(ast.Constant(), ast.Sub()):
+            return True
+        case ast.Call() if name_of(size) in _COUNTS:
+            return False
+        case ast.Call() if name_of(size) not in THROUGH:
+            return True  # nobody knows
+        case ast.Name(name) if values := list(_set_to(name, tree)):
+            known = name in seen
+            seen.add(name)
+            return not known and any(value is None or _may_be_open(value, tree, held, seen) for value in values)
+        case ast.Name() | ast.Attribute():
+            return any(value == -1 or (isinstance(value, tuple | list) and -1 in value) for value in held(size))
+        case ast.IfExp(_, body, orelse):
+            parts: Sequence[ast.AST] = body, orelse
+        case ast.Subscript(whole):
+            parts = [whole]
+        case ast.Call():
+            parts = size.args
+        case _:
+            parts = list(ast.iter_child_nodes(size))
+    return any(_may_be_open(part, tree, held, seen) for part in parts)
 
 
 def _set_to(name: str, tree: ast.AST) -> Iterator[ast.expr | None]:
-    """What a function sets a variable to; None of an argument."""
+    """What a function sets a variable to, or unpacks for it; None of an argument."""
     for node in ast.walk(tree):
         if isinstance(node, ast.arg) and node.arg == name:
             yield None
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(
             node, ast.AnnAssign | ast.AugAssign | ast.NamedExpr | ast.For | ast.comprehension) else []
-        for target in targets:
-            if any(isinstance(each, ast.Name) and each.id == name for each in ast.walk(target)):
-                value = node.iter if isinstance(node, ast.For | ast.comprehension) else getattr(node, "value", None)
-                if value is not None and not (isinstance(target, ast.Tuple) and not isinstance(value, ast.Tuple)):
-                    yield value
+        value = node.iter if isinstance(node, ast.For | ast.comprehension) else getattr(node, "value", None)
+        if value is not None and any(isinstance(each, ast.Name) and each.id == name
+                                     for target in targets for each in ast.walk(target)):
+            yield value

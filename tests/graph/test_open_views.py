@@ -23,7 +23,7 @@ class Points(nn.Module):
         self.first, self.last, self.classifier = nn.Conv1d(3, 5, 1), nn.Conv1d(5, 6, 1), nn.Linear(6, 4)
         self.size, self.rest = 6, -1
 
-    def forward(self, x, rest=-1):
+    def forward(self, x, rest=-1, state=None):
         if x.shape[-1] > 9:
             {longer}
         y = self.last(self.first(x).tanh()).mean(2, keepdim=True)
@@ -43,6 +43,10 @@ LONGER = {
     "an argument": "x = x.view(len(x), 3, rest, SIZE).mean(2)",
     "a name": "open = -1; x = x.view(len(x), 3, open, SIZE).mean(2)",
     "a tuple": "sizes = len(x), 3, -1, SIZE; x = x.view(sizes).mean(2)",
+    "a size": "x = x.view(torch.Size([len(x), 3, -1, SIZE])).mean(2)",
+    "less one": "x = x.view(len(x), 3, 0 - 1, SIZE).mean(2)",
+    "a list times one": "sizes = [-1] * 1; x = x.view(len(x), 3, *sizes, SIZE).mean(2)",
+    "unpacked from a name": "pair = -1, 1; open, one = pair; x = x.view(len(x), 3, open, SIZE).mean(2)",
     "unpacked": "sizes = [len(x), 3, -1]; x = x.view(*sizes, SIZE).mean(2)",
     "two sizes": "x = x * x.reshape(-1, SIZE).amax(1).mean()",
     "zeros": "x = torch.cat([x.new_zeros(len(x), 3, SIZE), x], 2)",
@@ -88,6 +92,9 @@ def test_they_stay(how: str, read: str, size: str, tmp_path: Path) -> None:
 GO = {"a state": ("view", "state = x.new_zeros(len(x), SIZE); x = x + state.sum()"),
       "a state behind layers": ("cut", "state = x.new_zeros(1, SIZE); x = x + state.sum()"),
       "a state of places": ("cut", "state = torch.zeros((len(x), SIZE, 4), dtype=x.dtype); x = x + state.sum()"),
+      "two states": ("view", "state, rest = (x.new_zeros(1, SIZE).to(x), torch.zeros(1, SIZE)); x = x + state.sum()"),
+      "a state with a size of one": ("cut", "state = x.new_zeros(len(x), SIZE) if state is None else "
+                                     "state.unflatten(-1, (1, SIZE)).squeeze(1); x = x + state.sum()"),
       "a size of one": ("view", "x = x.unflatten(-1, (1, x.shape[-1])).squeeze(2)")}
 
 

@@ -96,6 +96,36 @@ class ByChance(Sliced):
         return self.last(y.mean(-1)) * (2 if len(x) > 8 else 1)
 
 
+class OfNoMore(Sliced):
+    """Another number, by which fewer samples come back than it says, in the line of its cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.both(x)
+        return self.last((y[:self.most, :8].tanh() * y[:self.most, 8:].sigmoid()).mean(-1))
+
+
+class ChosenInItsLine(Sliced):
+    """It cuts places, too, of longer sounds than the example, in the line where it cuts channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.both(x)
+        return self.last((y[:, :8] * (y if x.shape[2] < 9 else y[:, :, :8].exp())[:, 8:].mean(-1, True)).mean(2))
+
+
+class LoopInItsLine(ByChance):
+    """The same, in a loop there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.both(x)
+        half = self.half
+        y = y[:, :half] * y[:, half:] + sum(z[:, :, :half].mean() for z in [y] * (x.shape[2] // 9))
+        return self.last(y.mean(-1))
+
+
 class Asks(Sliced):
     """It is compared with something, too."""
 
@@ -143,7 +173,7 @@ def test_cells_lose_units(way: type[nn.Module], tmp_path: Path) -> None:
     assert isinstance(small, way)
 
 
-@pytest.mark.parametrize("way", [Sliced, ByChance])
+@pytest.mark.parametrize("way", [Sliced, ByChance, OfNoMore])
 def test_gates_lose_channels(way: type[nn.Module], tmp_path: Path) -> None:
     assert check(way, _sound(), ["both"], tmp_path).model.both.out_channels == 8
 
@@ -153,6 +183,10 @@ def test_gates_lose_channels(way: type[nn.Module], tmp_path: Path) -> None:
     (AsManySamples, "8 of AsManySamples is the size of a view, cut or zeros, and something else in the code of "
                     "AsManySamples.forward (y[:8, :8])"),
     (InOneLine, "8 of InOneLine is the size of a view, cut or zeros, and something else in the code of InOneLine"),
+    (ChosenInItsLine, "8 of ChosenInItsLine is the size of a view, cut or zeros, and something else in the code of "
+                      "ChosenInItsLine.forward (y[:, :, :8])"),
+    (LoopInItsLine, "half of LoopInItsLine is the size of a view, cut or zeros, and something else in the code of "
+                    "LoopInItsLine.forward (z[:, :, :half])"),
     (ZerosElsewhere, "8 of ZerosElsewhere is the size of a view, cut or zeros, and something else in the code of "
                      "ZerosElsewhere.forward (x.new_zeros(len(x), 3, 8))"),
     (Asks, "8 of Asks is the size of a view, cut or zeros, and something else in the code of Asks.forward (len(x)")])

@@ -36,7 +36,7 @@ class AskedSizes:
         self._noted = _Noted()
         with suppress(Exception), marked_numbers.marked(places), torch.no_grad(), self._noted:
             run()  # as far as code comes that minds: what it asks for after that is not known, and stays
-        self._model = model
+        self._model, self._places = model, places
         self._code: ReachableCode | None = None
         self._others: dict[Place, str | None] = {}
 
@@ -90,8 +90,11 @@ class AskedSizes:
         place = module, width.name
         if place not in self._others:
             self._code = self._code or ReachableCode(self._model, self._noted.codes)
+            held, key = config_numbers.holder(*place)
+            same = {each for each in self._places  # of an object that several modules hold
+                    if (other := config_numbers.holder(*each))[0] is held and other[1] == key}
             self._others[place] = Uses(
-                self._code, *place, self._noted.lines, dims=self._noted.dims[place]).other()
+                self._code, *place, self._noted.lines(same), dims=self._noted.dims[place]).other()
         return self._others[place]
 
 
@@ -107,7 +110,7 @@ class _Noted(TorchFunctionMode):
         self.zeros = defaultdict[tuple[int, ...], list[list[Mapping[Place, Fraction]]]](list)  # shape -> the same
         self.alone = set[tuple[int, Place]]()  # numbers that cuts and zeros are asked for with, as they are at a place
         self.dims = defaultdict[Place, set[tuple[int, int]]](set)  # along which one is a size, and of how many
-        self._cut, self._whole = set[Line](), set[Line]()  # those that did, and that had a number cut nothing
+        self._cut, self._whole = (set[tuple[Line, Place]]() for _ in range(2))  # where a number did, and cut nothing
         self.codes = set[Any]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,8 +119,9 @@ class _Noted(TorchFunctionMode):
         if func in _OF_TENSORS:
             return _size(output) if isinstance(output, int) else torch.Size(map(_size, output))
         of_size = func in (*VIEWS, *SPLITS, *SLICES, *ZEROS)
-        numbers = list(_marked([*args, *kwargs.values()])) if of_size or func in _MORE else []
-        if numbers:
+        given = args, tuple(kwargs.values())
+        less = list(_each_less(given)) if of_size or func in _MORE else []
+        if numbers := [number for number, _ in less]:
             for number in numbers if of_size else ():
                 self.places |= number.slopes.keys()
                 self.alone |= {(int(number), place) for place, slope in number.slopes.items()
@@ -134,14 +138,17 @@ class _Noted(TorchFunctionMode):
             stack = list(frames.outwards())
             self.codes.update(frame.f_code for frame in stack)
             at = next(frame for frame in stack if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS)
-            cuts = func not in (*SPLITS, *SLICES) or _cuts(func, args, kwargs, output)
-            (self._cut if cuts else self._whole).add((at.f_code.co_filename, at.f_lineno))
+            line = at.f_code.co_filename, at.f_lineno
+            for number, (other, others) in less:
+                cuts = func not in (*SPLITS, *SLICES) or _differs(
+                    func, other, dict(zip(kwargs, others, strict=True)), output)
+                (self._cut if cuts else self._whole).update((line, place) for place in number.slopes)
         return output
 
-    @property
-    def lines(self) -> set[Line]:
-        """Those of which every cut that was made there is known."""
-        return self._cut - self._whole
+    def lines(self, places: Collection[Place]) -> set[Line]:
+        """Those of which every cut that was made there with numbers of these is known."""
+        whole = {line for line, place in self._whole if place in places}
+        return {line for line, place in self._cut if place in places} - whole
 
 
 _TENSORS = nn.Module()  # whose places are the sizes of tensors, by their values
@@ -155,12 +162,16 @@ def _size(number: int) -> Marked:
 _OURS = ("torch", "einops", __name__.partition(".")[0])  # whose lines say nothing of a model
 
 
-def _marked(given: Any) -> Iterator[Marked]:
+def _each_less(given: Any) -> Iterator[tuple[Marked, Any]]:
+    """Each number of modules among some arguments, and these with one less of it."""
     if isinstance(given, Marked) and any(module is not _TENSORS for module, _ in given.slopes):
-        yield given
+        yield given, int(given) - 1
     parts = (given.start, given.stop) if isinstance(given, slice) else given
-    for part in parts if isinstance(parts, tuple | list) else ():
-        yield from _marked(part)
+    for at, part in enumerate(parts if isinstance(parts, tuple | list) else ()):
+        for number, less in _each_less(part):
+            others = (*parts[:at], less, *parts[at + 1:])
+            yield number, slice(others[0], others[1], given.step) if isinstance(given, slice) else \
+                list(others) if isinstance(given, list) else others
 
 
 def _sizes(given: Any) -> list[int]:
@@ -185,14 +196,6 @@ def _number(module: nn.Module, name: str) -> int:
     return held if isinstance(held, int) else 0
 
 
-def _cuts(func: Any, args: Any, kwargs: Any, output: Any) -> bool:
-    """Whether something else comes of a slice or split with numbers that are one less: of a slice of several dimensions
-    with each of them."""
-    each = [(args[0], index) for index in _each_less(args[1])] if func is Tensor.__getitem__ else \
-        [tuple(map(_less, args))]
-    return all(_differs(func, less, {name: _less(value) for name, value in kwargs.items()}, output) for less in each)
-
-
 def _dims(func: Any, args: Any, output: Any, numbers: Collection[int]) -> list[int]:
     """The dimensions that something cuts, or that it makes as large as one of some numbers."""
     made, cut = _tensors(output)[0].shape, args[0].shape if func in (*SPLITS, *SLICES) else None
@@ -215,20 +218,3 @@ def _place(part: Tensor) -> tuple[torch.Size, int]:
 
 def _tensors(output: Any) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else output
-
-
-def _each_less(index: Any) -> Iterator[Any]:
-    """An index with the numbers of one of its slices one less."""
-    if not isinstance(index, tuple):
-        yield _less(index)
-    for at, part in enumerate(index if isinstance(index, tuple) else ()):
-        if list(_marked((part,))):
-            yield (*index[:at], _less(part), *index[at + 1:])
-
-
-def _less(given: Any) -> Any:
-    if isinstance(given, int) and list(_marked(given)):
-        return int(given) - 1
-    if isinstance(given, slice):
-        return slice(_less(given.start), _less(given.stop), given.step)
-    return type(given)(map(_less, given)) if type(given) in (tuple, list) else given
