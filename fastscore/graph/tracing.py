@@ -325,7 +325,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     found = across.that_go(recording, found, passing, passed)
     found = _with_heads(eval_model, found, ())
     found = state_spaces.settled(found, bias_trial.kept_biases(recording, seen_by_none or ()) if found.groups else {})
-    found = found.less(passed_by.refusals(recording, found.groups))
+    found = passed_by.that_go(recording, found)
     ran = recording.layers_that_ran
     residual, refused_blocks = blocks.that_go(eval_model, whole, branches, found.groups)
     found = replace(found, blocks=residual,

@@ -67,13 +67,13 @@ def with_parameters(recording: Recording, graph: ChannelGraph, *runs_as_in_train
              if member.role != "tensor" or name == member.layer}
     found = {f"{name}.{key}".lstrip("."): parameter for name, module in model.named_modules() if name not in known
              and type_of(module) == OPTYPE.ELEMENTWISE for key, parameter in module._parameters.items()
-             if parameter is not None and f"{name}.{key}".lstrip(".") not in known and _dim(parameter) is not None}
+             if parameter is not None and f"{name}.{key}".lstrip(".") not in known and long_dim(parameter) is not None}
     found = {name: parameter for name, parameter in found.items() if _near(graph, name, parameter)}
     if not found:
         return graph
     asked = training_only.asked_for(model)
     in_training = next(filter(None, (_recorded(model, run) for run in runs_as_in_training)), None)
-    read = [{name for name, parameter in found.items() if each is not None and _shows(each, name, parameter)}
+    read = [{name for name, parameter in found.items() if each is not None and shows(each, name, parameter)}
             for each in (recording, in_training)]
     kept: dict[str, str] = {}
     for name, parameter in found.items():
@@ -89,7 +89,7 @@ def with_parameters(recording: Recording, graph: ChannelGraph, *runs_as_in_train
                    skipped={**graph.skipped, **kept})
 
 
-def _dim(parameter: Tensor) -> int | None:
+def long_dim(parameter: Tensor) -> int | None:
     """The dimension of a parameter that all its numbers lie along; None where there is no such one."""
     long = [dim for dim, size in enumerate(parameter.shape) if size > 1]
     return long[0] if len(long) == 1 and parameter.is_floating_point() else None
@@ -118,12 +118,12 @@ def _recorded(model: nn.Module, run: Run) -> Recording | None:
     return None
 
 
-def _shows(recording: Recording, name: str, parameter: Tensor) -> bool:
+def shows(recording: Recording, name: str, parameter: Tensor) -> bool:
     """Whether the entries of a parameter show in what a model's layers read, or in what it returns."""
     assert recording.inputs is not None  # of the model as it is, before anything is changed
     every = torch.arange(parameter.numel())
     other = verification.another(parameter)
-    with verification.entries_changed([(*held_in(recording.model, name), other, _dim(parameter) or 0, every)]):
+    with verification.entries_changed([(*held_in(recording.model, name), other, long_dim(parameter) or 0, every)]):
         return recording.leak({}, {}) is not None
 
 
@@ -134,7 +134,8 @@ def _meeting(recording: Recording, groups: Sequence[ChannelGroup], name: str, pa
     with suppress(Exception):  # of code that does not run twice
         every = torch.arange(parameter.numel())
         for group in groups:
-            more = replace(group, members=(*group.members, Member(name, "tensor", every, every, _dim(parameter) or 0)))
+            member = Member(name, "tensor", every, every, long_dim(parameter) or 0)
+            more = replace(group, members=(*group.members, member))
             if not verification.leaks(recording, [more]) and not surgery_trial.refusals(recording, [more]) \
                     and surgery_trial.refusals(recording, [group]):
                 found.append(more)

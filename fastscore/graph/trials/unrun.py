@@ -9,6 +9,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph.groups import ChannelGroup
+from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
+from fastscore.graph.trials import branch_parameters
 from fastscore.graph.trials.beside import Beside, Key, Places, places_of, replayed, touched
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording
@@ -48,6 +50,7 @@ class PassedBy:
         self._suspects = set[Use]()
         self._names = _names(model)
         self._by = defaultdict[Use, set[str]](set)  # what may meet it: names of modules and tensors
+        self._code: ReachableCode | None = None
 
     @contextmanager
     def watched(self, made: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -58,7 +61,7 @@ class PassedBy:
 
     @contextmanager
     def _first(self) -> Iterator[None]:
-        reachable = ReachableCode(self._model) if _POSITIONS else None
+        reachable = self._code = ReachableCode(self._model) if _POSITIONS else None
         found = {function.__code__: uses for function in (reachable.functions if reachable else ())
                  if (uses := uses_in(function, reachable.kind(function) if reachable else None))}
         ran, held = defaultdict[CodeType, set[int]](set), defaultdict[_Place, list[list[Tensor]]](list)
@@ -96,13 +99,25 @@ class PassedBy:
 
         return traced(self._left.__contains__, see)
 
-    def refusals(self, recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, str]:
-        """Group -> why it stays: what code that no example has run says of its channels."""
+    def that_go(self, recording: Recording, graph: ChannelGraph) -> ChannelGraph:
+        """The graph without groups of whose channels code says something that no example has run; those that meet a
+        parameter there, number by number, have it as a member."""
+        groups = graph.groups
         suspects = {use for use in self._suspects if use not in self._by or not all(
             any(_goes_with(name, group) for group in groups) for name in self._by[use])}
         left = {code: some for code, places in self._left.items()
                 if (some := [place for place in places if place[0] in suspects])}
-        return _meant(recording, groups, left) if left and groups else {}
+        if not left or not groups or self._code is None:
+            return graph
+        refused, met = _meant(recording, groups, left)
+        more = {group: Member(name, "tensor", every, every, dim) for (group, name), reason in met.items()
+                if (dim := branch_parameters.dim_alone(recording, self._code, name)) is not None
+                for every in [torch.arange(recording.model.get_parameter(name).numel())]
+                if sum(other == name for _, other in met) == sum(other == group for other, _ in met) == 1}
+        refused = {group: reason for (group, _), reason in met.items() if group not in more} | refused
+        return replace(graph, groups=tuple(
+            replace(group, members=(*group.members, more[group.name])) if group.name in more else group
+            for group in groups)).less(refused)
 
 
 def _names(model: nn.Module) -> dict[int, str]:
@@ -173,14 +188,16 @@ def _means_some(use: Use, x: Tensor, before: Sequence[Tensor]) -> bool:
 
 
 def _meant(recording: Recording, groups: Sequence[ChannelGroup], left: Mapping[CodeType, Sequence[_Place]]
-           ) -> dict[str, str]:
-    """Group -> what is said of it, where these uses mean channels of it."""
+           ) -> tuple[dict[str, str], dict[tuple[str, str], str]]:
+    """(group -> what is said of it, where these uses mean channels of it; the same of (group, parameter) where its
+    channels meet one, number by number)."""
     made: dict[Key, Places] = {}
     of = {group.name: group for group in groups}
     units = {group.name: int(group.unit.max()) + 1 for group in groups}
     for group in groups:
-        made[group.name, 0] = places_of(recording, group, group.unit == units[group.name] // 2)
-    mode, found = Beside(), dict[str, str]()
+        for number, unit in enumerate(_tried(units[group.name])):
+            made[group.name, number] = places_of(recording, group, group.unit == unit)
+    mode, found, met = Beside(), dict[str, str](), dict[tuple[str, str], str]()
     names = _names(recording.model)
 
     def look(frame: FrameType, event: str) -> None:
@@ -194,11 +211,22 @@ def _meant(recording: Recording, groups: Sequence[ChannelGroup], left: Mapping[C
                 if dims and means(use, dims, x.dim()) and _meets(frame, use, [x.shape[dim] for dim in dims]) and \
                         not _goes_with(_name_in(names, _by(frame, use)), of[key[0]]) and \
                         _meets_others(mode, frame, use, key, dims, x.dim()):
-                    found.setdefault(key[0], _reason(use.innermost))
+                    group, by = of[key[0]], _by(frame, use)
+                    name = _name_in(names, by)
+                    at = group.unit == _tried(units[group.name])[key[1]]
+                    if branch_parameters.meets_one_by_one(use, recording.model, name, by, dims, x.dim(), group, at):
+                        met.setdefault((group.name, name), _reason(use.innermost))
+                    else:
+                        found.setdefault(group.name, _reason(use.innermost))
 
     with suppress(Exception), traced(left.__contains__, look):
         replayed(recording, mode, made)
-    return found
+    return found, met
+
+
+def _tried(units: int) -> tuple[int, ...]:
+    """The units that are changed to see where channels lie: of two, an order that is another one shows."""
+    return (units // 2, 0) if units > 2 else (units // 2,)
 
 
 def _others(mode: Beside, frame: FrameType, tensor: ast.expr) -> dict[Key, Tensor]:
