@@ -16,7 +16,7 @@ from fastscore.modules import config_numbers, written_numbers
 from fastscore.modules.changed_source import places_of
 from fastscore.modules.lines_run import Line, Parents, are_among, has_run, is_chosen, outwards
 from fastscore.modules.reachable_code import ReachableCode, argument_of, content, functions_called
-from fastscore.modules.view_sizes import THROUGH, dims_of, is_open, name_of, sizes_in
+from fastscore.modules.view_sizes import THROUGH, dims_of, is_open, is_state, name_of, sizes_in
 
 Seed: TypeAlias = tuple[str, Any]  # "attribute", "number" or "argument", and which
 
@@ -224,9 +224,15 @@ class Uses:
         name, sizes = name_of(call), sizes_in(call, self._is_function(function, call.func) and name_of(call) in _VIEWS)
         tree = [node, *outwards(node, parents)][-1]
         if name in _ZEROS:
-            return not any(map(self._counts, dims_of(self._node, sizes, tree)))
+            return not any(map(self._counts, dims_of(self._node, sizes, tree))) or not is_state(
+                call, tree, parents, lambda called: self._is_models(function, called))
         return name == "rearrange" or (name in _VIEWS and is_open(
             sizes, tree, lambda size: self._objects(function, size) or ()))
+
+    def _is_models(self, function: FunctionType, called: ast.expr) -> bool:
+        """Whether a layer is called, or a function of the model's."""
+        return isinstance(called, ast.Subscript) or any(isinstance(each, nn.Module) or any(functions_called(each))
+                                                        for each in self._objects(function, called) or ())
 
     def _counts(self, dim: tuple[int, int]) -> bool:
         """Whether it was seen to count channels along such a dimension: the same from the first where modules convolve,

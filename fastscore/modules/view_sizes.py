@@ -1,12 +1,14 @@
 """The sizes that code asks a view, or zeros, for: wherever it says them."""
 
 import ast
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 THROUGH = {"int", "tuple", "list", "Size"}  # functions that give back what they are given
 _COUNTS = {"len", "size", "numel", "dim", "prod", "range"}
 _WORDS = {"shape", "size", "sizes"}  # arguments that are sizes
+_KEEP = {"to", "type_as", "float", "double", "half", "bfloat16", "cuda", "cpu", "expand", "expand_as", "repeat",
+         "unsqueeze", "contiguous", "clone", "requires_grad_"}  # methods by which zeros stay what they are
 
 
 def name_of(call: ast.Call) -> str:
@@ -37,6 +39,34 @@ def dims_of(node: ast.AST, sizes: Sequence[ast.expr], tree: ast.AST) -> set[tupl
             isinstance(value, ast.Tuple | ast.List) for value in _set_to(size.id, tree))) for size in sizes):
         return set()
     return {(number, len(sizes)) for number, size in enumerate(sizes) if any(part is node for part in ast.walk(size))}
+
+
+def is_state(zeros: ast.expr, tree: ast.AST, parents: Mapping[ast.AST, ast.AST], calls_own: Callable[[ast.expr], bool]
+             ) -> bool:
+    """Whether zeros are what something begins with: returned, handed on, or held by a variable that may hold something
+    else, too. Of other zeros, as those that are joined to something, any number may be right.
+
+    calls_own: whether what is called is a module, or a function of the model's.
+    """
+    node: ast.AST = zeros
+    while isinstance(parent := parents[node], ast.Tuple | ast.List | ast.keyword | ast.IfExp | ast.Attribute) or (
+            isinstance(parent, ast.Call) and node is parent.func and name_of(parent) in _KEEP):
+        node = parent
+    if isinstance(parent, ast.Call):
+        return node is not parent.func and calls_own(parent.func)
+    if not isinstance(parent, ast.Assign | ast.AnnAssign | ast.NamedExpr):
+        return isinstance(parent, ast.Return)
+    targets = parent.targets if isinstance(parent, ast.Assign) else [parent.target]
+    names = [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+    return len(names) == 0 or all(_holds_others(name, tree) for name in names)
+
+
+def _holds_others(name: str, tree: ast.AST) -> bool:
+    """Whether a variable is set at several places, to one thing or another, or has something written to it."""
+    values = list(_set_to(name, tree))
+    return len(values) > 1 or any(isinstance(value, ast.IfExp) for value in values) or any(
+        isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and getattr(node.value, "id", "") == name
+        for node in ast.walk(tree))
 
 
 def _may_be_open(size: ast.AST, tree: ast.AST, held: Callable[[ast.expr], Collection[Any]], seen: set[str]) -> bool:

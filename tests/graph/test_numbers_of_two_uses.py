@@ -219,7 +219,7 @@ TWO_USES = (Threshold, ThresholdThatRuns, Sliced, SlicedInVain, Repeated, Multip
 
 
 class Guarded(Net):
-    """Says what is wrong, and how much it would cost; another view; and a module of its own with a number of that
+    """Says what is wrong, and how much it would cost, beside a module of its own with a number of that
     name."""
 
     def __init__(self) -> None:
@@ -235,7 +235,7 @@ class Guarded(Net):
         return super().forward(x)
 
     def more(self, y: Tensor) -> Tensor:
-        return y + torch.zeros(1, self.flat).new_zeros(self.flat).view(self.flat, 1).sum() * self.other.flat
+        return y + y.new_ones(1).expand(self.other.flat).sum()
 
     def flops(self) -> int:
         return self.flat * 4
@@ -248,7 +248,7 @@ class Aliased(Net):
     def forward(self, x: Tensor) -> Tensor:
         size = -1, (flat := self.flat)
         y = self.classifier(self.features(x).view(*size))
-        return y if len(x) < 5 else self.more(y) + x.new_zeros(flat).sum()
+        return y if len(x) < 5 else self.more(y)
 
 
 class HandedOn(Net):

@@ -52,6 +52,8 @@ LONGER = {
     "zeros": "x = torch.cat([x.new_zeros(len(x), 3, SIZE), x], 2)",
     "zeros by name": "sizes = len(x), 3, SIZE; x = torch.cat([torch.zeros(sizes, dtype=x.dtype), x], 2)",
     "zeros(size=)": "x = torch.cat([torch.zeros(size=(len(x), 3, SIZE), dtype=x.dtype), x], 2)",
+    "a number of zeros": "x = x + x.new_zeros(len(x), SIZE).numel()",
+    "a pad": "pad = x.new_zeros(len(x), SIZE); x = torch.cat([x, pad[:, None].expand(-1, 3, -1)], 2)",
     "einops": "from einops import rearrange; x = rearrange(x, 'n c (w t) -> n c w t', t=SIZE).mean(2)"}
 
 
