@@ -247,8 +247,10 @@ class Guarded(Net):
 class Aliased(Net):
     def forward(self, x: Tensor) -> Tensor:
         size = -1, (flat := self.flat)
-        y = self.classifier(self.features(x).view(*size))
-        return y if len(x) < 5 else self.more(y)
+        y = self.features(x)
+        if len(x) < 5:
+            return self.classifier(y.view(*size))
+        return self.more(self.classifier(y.view(len(x), flat)))
 
 
 class HandedOn(Net):
