@@ -299,8 +299,9 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         running.check_runs_again(eval_model, whole)
         raise
     kept |= {group: reasons.of_choice(where) for group, where in chosen.items()}
-    kept |= head_numbers.decided_by(eval_model, [group for group in found.groups if group.name not in kept],
-                                    partial(recording.run_again, recording.model))
+    decided = head_numbers.decided_by(eval_model, [group for group in found.groups if group.name not in kept],
+                                      partial(recording.run_again, recording.model))
+    kept |= decided
     tried = [group for group in found.groups if group.name not in kept]
     refused = surgery_trial.refusals(recording, tried)
     seen_elsewhere = {group.name: why for group in tried if group.name not in refused and (
@@ -316,7 +317,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
              for name, why in refused.items() if name not in made}
     for group in unnamed.groups:  # guesses: what is known of their layers without them is why these stay
         kept |= {layer: plain.skipped[layer] for member in group.role("producer")
-                 if group.name in kept and (layer := member.layer) in plain.skipped}
+                 if group.name in kept and (layer := member.layer) in plain.skipped and layer not in decided}
     found = replace(found, groups=tuple(group for group in tried if group.name not in refused),
                     skipped={**found.skipped, **kept, **left}, experts=mixtures,
                     head_dims=tuple(attentions.head_dims), whole_heads=attentions.whole_heads,

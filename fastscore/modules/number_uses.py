@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from fastscore.modules import config_numbers, written_numbers
+from fastscore.modules import config_numbers, number_tables, written_numbers
 from fastscore.modules.changed_source import places_of
 from fastscore.modules.lines_run import Line, Parents, are_among, has_run, is_chosen, outwards
 from fastscore.modules.reachable_code import ReachableCode, argument_of, content, functions_called
@@ -48,6 +48,7 @@ class Uses:
         self._code, self._seen, self._lines, self._dims = code, seen, lines, {*dims}
         self._node: ast.AST = ast.Module([], [])  # where the number stands that is followed
         self._module, attribute = config_numbers.holder(module, name)
+        attribute, _, self._key = attribute.partition(".")  # the name that it has in a table, as number_tables has it
         self._work: list[tuple[FunctionType, Seed]] = []
         self._done = set[tuple[int, Seed]]()
         self._times = 0  # at how many places the number stands in the code; none of an attribute
@@ -144,10 +145,12 @@ class Uses:
             return
         if _in_vain(node, parents) or (isinstance(parent, ast.If | ast.While | ast.IfExp) and node is parent.test):
             return  # it is not zero
-        if (isinstance(parent, ast.BinOp) and isinstance(parent.op, _ARITHMETIC)) or isinstance(
+        if (taken := number_tables.taken_of(node, parents)) is not None:
+            if taken[1] in (None, self._key):
+                yield from self._uses(function, taken[0], parents)
+        elif (isinstance(parent, ast.BinOp) and isinstance(parent.op, _ARITHMETIC)) or isinstance(
                 parent, ast.Tuple | ast.List | ast.Starred | ast.BoolOp | ast.keyword) or (
                 isinstance(parent, ast.IfExp) and node is not parent.test) or (
-                isinstance(parent, ast.Subscript) and node is parent.value) or (
                 isinstance(parent, ast.ListComp | ast.GeneratorExp) and node is parent.elt) or (
                 isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.USub)):
             yield from self._uses(function, parent, parents)

@@ -52,6 +52,20 @@ class Least(Attention):
         return y * min(len(y), self.num_heads)
 
 
+class Unnamed(nn.Module):
+    """Whose heads no name shows, nor their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 4
+        self.asks, self.says = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.asks(x).view(*x.shape[:2], 3, self.n, -1).permute(2, 0, 3, 1, 4)
+        y = self.says(((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return 2 * y if len(y) > self.n else y
+
+
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -62,6 +76,12 @@ def test_heads_stay_by_whose_number_code_decides(kind: type[Attention], quoted: 
     reason = trace(Net(kind).eval(), X).skipped["attn.qkv"]
     assert reason.startswith(f"num_heads of {kind.__name__} counts heads, or their channels, and is more than a size")
     assert re.search(quoted, reason), reason
+
+
+def test_so_do_those_that_no_name_shows() -> None:
+    reason = trace(Net(Unnamed).eval(), X).skipped["attn.asks"]
+    assert reason.startswith("n of Unnamed counts heads, or their channels, and is more than a size")
+    assert "(len(y) > self.n)" in reason
 
 
 @pytest.mark.parametrize("kind", [Attention, Repeated])

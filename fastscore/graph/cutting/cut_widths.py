@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastscore.graph.cutting import heads
-from fastscore.modules import config_numbers, frames, written_numbers
+from fastscore.modules import config_numbers, frames, number_tables, written_numbers
 from fastscore.modules.weights.parameter_layers import ParameterLayer
 
 TIMES = "*"  # between an attribute and how often it is taken
@@ -262,6 +262,8 @@ def narrow(module: nn.Module, attribute: str, gone: int) -> None:
     times = 2 if attribute.endswith("//2") else 1
     holder, key = config_numbers.holder(module, name)
     value: Any = getattr(holder, "__dict__", {}).get(key)
+    if place in number_tables.entries(value):
+        return number_tables.take_off(module, name, place, gone)
     if _numbers(value) is None:
         raise ValueError(f"{type(module).__name__} keeps no number of channels in {name}, as the model did that was "
                          "pruned: build the dense model as it was")

@@ -15,6 +15,7 @@ from fastscore.graph.cutting import heads
 from fastscore.graph.following.nodes import CHANNELWISE, PRODUCERS
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.layer_types import type_of
+from fastscore.modules import number_tables
 from fastscore.modules.lines_run import Line, lines_run
 from fastscore.modules.norms import channel_norms, gated_norms
 from fastscore.modules.number_uses import Uses
@@ -57,10 +58,11 @@ def numbering(modules: Sequence[nn.Module]) -> set[tuple[str, str]]:
 
 def _is_setting(value: object) -> bool:
     return isinstance(value, bool | int | str | type | None) or (
-        isinstance(value, tuple | list) and all(map(_is_setting, value)))
+        isinstance(value, tuple | list) and all(map(_is_setting, value))) or bool(number_tables.entries(value))
 
 
 def _hashable(value: object) -> object:
+    value = [*number_tables.entries(value).items()] if isinstance(value, dict) else value
     return tuple(map(_hashable, value)) if isinstance(value, tuple | list) else value
 
 
@@ -175,10 +177,10 @@ def decided_by(model: nn.Module, groups: Sequence[ChannelGroup], run: Callable[[
     for group in groups:
         counts = [(f"{member.layer}.{child}".strip("."), name) for member in group.role("heads") for child, name in
                   heads.counted(model.get_submodule(member.layer), member.attribute != heads.COUNTS_ALONE)]
-        counts += [(member.layer, member.attribute) for member in group.role("width") if counts]
+        counts += [(member.layer, member.attribute) for member in group.role("width")]
         for owner, name in sorted(counts):
             module = model.get_submodule(owner)
-            if "." not in name and (owner, name) not in known:
+            if not name.rpartition(".")[2].isdigit() and (owner, name) not in known:
                 code = code or ReachableCode(model)
                 known[owner, name] = Uses(code, module, name, (), lines).other()
             if (why := known.get((owner, name))) is not None:
@@ -202,7 +204,7 @@ def units_of(group: ChannelGroup) -> int:
 
 def numbers(module: nn.Module) -> Iterator[tuple[str, str, int]]:
     """(name of a module, attribute, number) of all that a module and what it holds keep, but for its layers; `name.2`
-    is the third number of a tuple or list."""
+    is the third number of a tuple or list, `name.key` one of a table."""
     for name, part in module.named_modules():
         layer = type_of(part) in PRODUCERS | CHANNELWISE and not isinstance(part, nn.GroupNorm)
         norm = channel_norms.norm_of(part) is not None and gated_norms.gated_norm_of(part) is None
@@ -211,6 +213,8 @@ def numbers(module: nn.Module) -> Iterator[tuple[str, str, int]]:
                 yield name, attribute, value
             elif type(value) in (tuple, list) and all(type(each) is int for each in value):
                 yield from ((name, f"{attribute}.{place}", each) for place, each in enumerate(value))
+            elif not attribute.startswith("_"):
+                yield from ((name, f"{attribute}.{key}", each) for key, each in number_tables.entries(value).items())
 
 
 def _counts(module: nn.Module, group: ChannelGroup) -> Iterator[Member]:
