@@ -230,7 +230,7 @@ class Uses:
             return not any(map(self._counts, dims_of(self._node, sizes, tree))) or not is_state(
                 call, tree, parents, lambda called: self._is_models(function, called))
         return name == "rearrange" or (name in _VIEWS and is_open(
-            sizes, tree, lambda size: self._objects(function, size) or ()))
+            sizes, self._node, tree, lambda size: self._objects(function, size) or ()))
 
     def _is_models(self, function: FunctionType, called: ast.expr) -> bool:
         """Whether a layer is called, or a function of the model's."""

@@ -24,19 +24,23 @@ def sizes_in(call: ast.Call, behind: int = 0) -> list[ast.expr]:
     return given[0].elts if len(given) == 1 and isinstance(given[0], ast.Tuple | ast.List) else given
 
 
-def is_open(sizes: Sequence[ast.expr], tree: ast.AST, held: Callable[[ast.expr], Collection[Any]]) -> bool:
-    """Whether one of the sizes of a view may be -1, so that it takes any number that divides.
+def is_open(sizes: Sequence[ast.expr], node: ast.AST, tree: ast.AST, held: Callable[[ast.expr], Collection[Any]]
+            ) -> bool:
+    """Whether one of the sizes of a view may be -1, or how often another fits: it takes any number that divides.
 
-    tree: the function that it stands in. held: an expression -> what it may be, as far as that is known.
+    node: the other, where it stands. tree: the function that it stands in. held: an expression -> what it may be, as
+    far as that is known.
     """
-    return any(_may_be_open(size, tree, held, set()) for size in sizes)
+    return any(_may_be_open(size, ast.dump(node), tree, held, set()) for size in sizes)
 
 
 def dims_of(node: ast.AST, sizes: Sequence[ast.expr], tree: ast.AST) -> set[tuple[int, int]]:
     """(dimension, how many there are) of which a part of some sizes is one; none where the code does not say that, as
-    of a variable that holds several. tree: the function that it stands in."""
-    if any(isinstance(size, ast.Starred) or (isinstance(size, ast.Name) and any(
-            isinstance(value, ast.Tuple | ast.List) for value in _set_to(size.id, tree))) for size in sizes):
+    of a variable that holds several, or of tuples that are added. tree: the function that it stands in."""
+    if any(isinstance(part, ast.Starred | ast.Tuple | ast.List) for size in sizes for part in ast.walk(size)):
+        return set()
+    names = {size.id for size in sizes if isinstance(size, ast.Name)}
+    if any(isinstance(value, ast.Tuple | ast.List) for name in names for value in _set_to(name, tree)):
         return set()
     return {(number, len(sizes)) for number, size in enumerate(sizes) if any(part is node for part in ast.walk(size))}
 
@@ -69,11 +73,14 @@ def _holds_others(name: str, tree: ast.AST) -> bool:
         for node in ast.walk(tree))
 
 
-def _may_be_open(size: ast.AST, tree: ast.AST, held: Callable[[ast.expr], Collection[Any]], seen: set[str]) -> bool:
+def _may_be_open(size: ast.AST, number: str, tree: ast.AST, held: Callable[[ast.expr], Collection[Any]], seen: set[str]
+                 ) -> bool:
     match size:
         case ast.UnaryOp(ast.USub(), ast.Constant(value)):
             return value == 1
         case ast.UnaryOp(ast.USub()) | ast.BinOp(ast.Constant(), ast.Sub()):
+            return True
+        case ast.BinOp(_, ast.FloorDiv(), right) if ast.dump(right) == number:
             return True
         case ast.Call() if name_of(size) in _COUNTS:
             return False
@@ -82,9 +89,9 @@ def _may_be_open(size: ast.AST, tree: ast.AST, held: Callable[[ast.expr], Collec
         case ast.Name(name) if values := list(_set_to(name, tree)):
             known = name in seen
             seen.add(name)
-            return not known and any(value is None or _may_be_open(value, tree, held, seen) for value in values)
+            return not known and any(value is None or _may_be_open(value, number, tree, held, seen) for value in values)
         case ast.Name() | ast.Attribute():
-            return any(value == -1 or (isinstance(value, tuple | list) and -1 in value) for value in held(size))
+            return any(type(each) is int and each == -1 for value in held(size) for each in _held_in(value))
         case ast.IfExp(_, body, orelse):
             parts: Sequence[ast.AST] = body, orelse
         case ast.Subscript(whole):
@@ -93,7 +100,11 @@ def _may_be_open(size: ast.AST, tree: ast.AST, held: Callable[[ast.expr], Collec
             parts = size.args
         case _:
             parts = list(ast.iter_child_nodes(size))
-    return any(_may_be_open(part, tree, held, seen) for part in parts)
+    return any(_may_be_open(part, number, tree, held, seen) for part in parts)
+
+
+def _held_in(value: object) -> Collection[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else (value,)
 
 
 def _set_to(name: str, tree: ast.AST) -> Iterator[ast.expr | None]:

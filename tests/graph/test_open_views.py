@@ -21,7 +21,7 @@ class Points(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.last, self.classifier = nn.Conv1d(3, 5, 1), nn.Conv1d(5, 6, 1), nn.Linear(6, 4)
-        self.size, self.rest = 6, -1
+        self.size, self.rest, self.rests = 6, -1, {{"few": -1}}
 
     def forward(self, x, rest=-1, state=None):
         if x.shape[-1] > 9:
@@ -41,6 +41,9 @@ LONGER = {
     "a file's": "x = x.view(len(x), 3, REST, SIZE).mean(2)",
     "an attribute": "x = x.view(len(x), 3, self.rest, SIZE).mean(2)",
     "an argument": "x = x.view(len(x), 3, rest, SIZE).mean(2)",
+    "an item": "x = x.view(len(x), 3, self.rests['few'], SIZE).mean(2)",
+    "as many as that divides": "x = x.view(len(x), 3, x.shape[-1] // SIZE, SIZE).mean(2)",
+    "by a name": "count = x.shape[-1] // SIZE; x = x.view(len(x), 3, count, SIZE).mean(2)",
     "a name": "open = -1; x = x.view(len(x), 3, open, SIZE).mean(2)",
     "a tuple": "sizes = len(x), 3, -1, SIZE; x = x.view(sizes).mean(2)",
     "a size": "x = x.view(torch.Size([len(x), 3, -1, SIZE])).mean(2)",
@@ -51,6 +54,7 @@ LONGER = {
     "two sizes": "x = x * x.reshape(-1, SIZE).amax(1).mean()",
     "zeros": "x = torch.cat([x.new_zeros(len(x), 3, SIZE), x], 2)",
     "zeros by name": "sizes = len(x), 3, SIZE; x = torch.cat([torch.zeros(sizes, dtype=x.dtype), x], 2)",
+    "zeros of added tuples": "x = torch.cat([torch.zeros(x.size()[:-1] + (SIZE,), dtype=x.dtype), x], 2)",
     "zeros(size=)": "x = torch.cat([torch.zeros(size=(len(x), 3, SIZE), dtype=x.dtype), x], 2)",
     "a number of zeros": "x = x + x.new_zeros(len(x), SIZE).numel()",
     "a pad": "pad = x.new_zeros(len(x), SIZE); x = torch.cat([x, pad[:, None].expand(-1, 3, -1)], 2)",
