@@ -1,9 +1,12 @@
 """The functions that a model may run, by the names that its code mentions."""
 
 import ast
+import dis
 import inspect
+import itertools
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -12,6 +15,8 @@ from torch import Tensor, nn
 from fastscore.modules.copying import ATOMS
 from fastscore.modules.source import tree_of
 
+_CONSTRUCTORS = {"__new__", "__init__", "__post_init__"}
+_BY_NAME = {"setattr", "delattr", "__setattr__", "__dict__", "vars"}  # by which code sets attributes, too
 _WITHOUT_CODE = ATOMS | {tuple, list, set, dict, OrderedDict, Tensor, nn.Parameter}
 
 
@@ -30,6 +35,7 @@ class ReachableCode:
         above = defaultdict[str, set[FunctionType]](set)  # the same, of those in whose place classes have another
         self._sources: dict[FunctionType, tuple[ast.AST, Mapping[ast.AST, ast.AST]] | None] = {}
         self._kinds = defaultdict[FunctionType, set[type]](set)  # method -> the classes that have it
+        self._changed: dict[str, bool] = {}
         more_kinds = [type(value) for module in self.modules for value in vars(module).values()]
         for kind in dict.fromkeys((*map(type, self.modules), *more_kinds)):  # diffusers' processors are no modules
             taken = set[str]()
@@ -58,6 +64,21 @@ class ReachableCode:
                 for held in map(function.__globals__.get, _files(function)):
                     work.update(functions_in(vars(held).get(name)))
             work.update(each for cell in function.__closure__ or () for each in functions_in(content(cell)))
+
+    def changes(self, name: str) -> bool:
+        """Whether other code than constructors may set an attribute of that name, of whatever it is."""
+        if name not in self._changed:
+            self._changed[name] = any(sets(function.__code__, name) for function in self._after_constructors)
+        return self._changed[name]
+
+    @cached_property
+    def _after_constructors(self) -> list[FunctionType]:
+        """Functions and methods, but for constructors and what is mentioned by these alone."""
+        built = {name for function in self._kinds if function.__name__ in _CONSTRUCTORS
+                 for name in names_in(function.__code__)}
+        return [function for function in {*self.functions, *itertools.chain.from_iterable(self._named.values())}
+                if function.__name__ not in _CONSTRUCTORS
+                and (function in self.functions or function.__name__ not in built)]
 
     def mention(self, name: str) -> list[FunctionType]:
         """Functions whose code mentions an attribute or string of that name."""
@@ -140,6 +161,14 @@ def names_in(code: CodeType) -> Iterator[str]:
             yield value
         elif isinstance(value, CodeType):
             yield from names_in(value)
+
+
+def sets(code: CodeType, name: str) -> bool:
+    """Whether code, or a function written in it, sets an attribute of that name, or may do so by the name."""
+    return any(sets(each, name) for each in code.co_consts if isinstance(each, CodeType)) or (
+        name in code.co_consts and not _BY_NAME.isdisjoint(code.co_names)) or (name in code.co_names and any(
+            each.opname in ("STORE_ATTR", "DELETE_ATTR") and each.argval == name
+            for each in dis.get_instructions(code)))
 
 
 def content(cell: CellType) -> Any:

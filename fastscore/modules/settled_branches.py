@@ -1,7 +1,8 @@
 """Branches that constructors decide: what code asks there of a module, no call changes."""
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, TypeAlias
 
@@ -57,26 +58,42 @@ def flag_in(test: ast.expr) -> tuple[ast.expr, str] | None:
         else None
 
 
-def may_be(test: ast.expr, answer: bool, names: Mapping[str, Any], around: dict[str, Any]) -> bool:
-    """Whether a condition has that answer, or may come to it: a flag that only the class has, training, or a variable
-    that is None until something is kept there."""
+def may_be(test: ast.expr, answer: bool, names: Mapping[str, Any], around: dict[str, Any],
+           changes: Callable[[str], bool]) -> bool:
+    """Whether a condition has that answer, or may come to it: a flag that only the class has, training, what the class
+    computes, or a variable that is None until something is kept there. changes: whether code that is no constructor's
+    may set an attribute of such a name."""
     if isinstance(test, ast.BoolOp):
         some = all if isinstance(test.op, ast.And) is answer else any
-        return some(may_be(each, answer, names, around) for each in test.values)
-    decided = True
-    if (flag := flag_in(test)) is not None:
+        return some(may_be(each, answer, names, around, changes) for each in test.values)
+    flag = flag_in(test)
+    held = [flag] if flag is not None else [
+        (each.value, each.attr) for each in ast.walk(_asked_of(test)) if isinstance(each, ast.Attribute)]
+    decided = not any(changes(name) or _is_computed(value_of(owner, names, around), name) for owner, name in held)
+    if flag is not None:
         owner = value_of(flag[0], names, around)
-        decided = flag[1] != "training" and flag[1] in getattr(owner, "__dict__", ())
+        decided &= flag[1] != "training" and flag[1] in getattr(owner, "__dict__", ())
     if isinstance(test, ast.Compare) and any(isinstance(getattr(each, "value", None), float)
                                              for each in test.comparators):  # what counts channels may become less
-        decided = isinstance(value_of(test.left, names, around), float)
-    if isinstance(test, ast.Compare) and any(map(is_none, test.comparators)):
-        decided = isinstance(value_of(test.left, names, around), nn.Module)
+        decided &= isinstance(value_of(test.left, names, around), float)
+    if isinstance(test, ast.Compare) and (any(map(is_none, test.comparators)) or isinstance(test.left, ast.Subscript)):
+        decided &= isinstance(value_of(test.left, names, around), nn.Module)
     return not decided or bool(value_of(test, names, around)) is answer
 
 
-def never_reads(function: FunctionType, module: nn.Module, key: str) -> bool:
-    """Whether a module's constructor has ruled out all branches of a method in which it reads its attribute `key`."""
+def _asked_of(test: ast.expr) -> ast.expr:
+    """What a comparison, or isinstance(), is of."""
+    return test.left if isinstance(test, ast.Compare) else test.args[0] if isinstance(test, ast.Call) else test
+
+
+def _is_computed(owner: object, name: str) -> bool:
+    """Whether an attribute is a property, or the like."""
+    return hasattr(inspect.getattr_static(type(owner), name, None), "__get__")
+
+
+def never_reads(function: FunctionType, module: nn.Module, key: str, changes: Callable[[str], bool]) -> bool:
+    """Whether a module's constructor has ruled out all branches of a method in which it reads its attribute `key`.
+    changes: as in may_be."""
     tree = tree_of(function)
     body = None if tree is None else tree.body[0]
     if not isinstance(body, ast.FunctionDef) or not body.args.args:
@@ -85,7 +102,7 @@ def never_reads(function: FunctionType, module: nn.Module, key: str) -> bool:
         if isinstance(node, ast.Name) and node.id == body.args.args[0].arg:
             node.id = "self"
     local = function.__code__.co_varnames + function.__code__.co_freevars
-    return not any(all(may_be(*each, {"self": module}, function.__globals__) for each in asked)
+    return not any(all(may_be(*each, {"self": module}, function.__globals__, changes) for each in asked)
                    for asked in _reads(body.body, key, (), local))
 
 

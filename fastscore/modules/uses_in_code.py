@@ -45,7 +45,7 @@ class _Reader:
         counts = [each.target for each in ast.walk(tree) if isinstance(each, ast.For | ast.comprehension)]
         self._in_training = 0  # conditions around that ask for it: layers that run then are traced so
         self._tree = tree
-        self._loops = [each for each in ast.walk(tree) if isinstance(each, ast.For) and _countsof_self(each)]
+        self._loops = [each for each in ast.walk(tree) if isinstance(each, ast.For) and _counts_of_self(each)]
         self._parts = frozenset(each.id for each in (*halves, *counts) if isinstance(each, ast.Name))
 
     def read(self, body: ast.FunctionDef) -> Iterator[Use]:
@@ -207,7 +207,7 @@ def _read(node: ast.AST) -> Iterator[ast.Name]:
             yield from _read(each)
 
 
-def _countsof_self(loop: ast.For) -> bool:
+def _counts_of_self(loop: ast.For) -> bool:
     """Whether a loop is over as many as `self` holds a number of: `for head in range(self.num_heads)`."""
     call = loop.iter
     if not isinstance(loop.target, ast.Name) or not isinstance(call, ast.Call) or len(call.args) != 1:

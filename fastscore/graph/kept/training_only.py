@@ -12,7 +12,7 @@ from fastscore.graph.following.cuts import LAYERS
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.layer_types import type_of
 from fastscore.modules.hooks import put_on
-from fastscore.modules.reachable_code import functions_in
+from fastscore.modules.reachable_code import ReachableCode, functions_in
 from fastscore.modules.settled_branches import never_reads
 
 
@@ -61,10 +61,11 @@ def merge(graph: ChannelGraph, in_training: ChannelGraph, inactive: set[str]) ->
 
 def asked_for(model: nn.Module) -> dict[str, str]:
     """Parameters of one dimension that code reads which asks whether it is trained -> the class whose code that is."""
+    changes = ReachableCode(model).changes
     return {f"{name}.{key}" if name else key: type(module).__name__ for name, module in model.named_modules()
             for key, parameter in module._parameters.items()
             if parameter is not None and parameter.dim() == 1 and any(
-                not never_reads(function, module, key) for function in _asking(type(module), key))}
+                not never_reads(function, module, key, changes) for function in _asking(type(module), key))}
 
 
 def code_asks(model: nn.Module) -> bool:

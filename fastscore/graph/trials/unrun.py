@@ -7,7 +7,7 @@ was passed by says whether it is channels that the branch means.
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +51,7 @@ class PassedBy:
         self._names = _names(model)
         self._by = defaultdict[Use, set[str]](set)  # what may meet it: names of modules and tensors
         self._code: ReachableCode | None = None
+        self._changes: Callable[[str], bool] = bool  # whether code may set what has such a name
 
     @contextmanager
     def watched(self, made: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -64,12 +65,13 @@ class PassedBy:
         reachable = self._code = ReachableCode(self._model) if _POSITIONS else None
         found = {function.__code__: uses for function in (reachable.functions if reachable else ())
                  if (uses := uses_in(function, reachable.kind(function) if reachable else None))}
+        self._changes = reachable.changes if reachable else bool
         ran, held = defaultdict[CodeType, set[int]](set), defaultdict[_Place, list[list[Tensor]]](list)
 
         def see(frame: FrameType, event: str) -> None:
             ran[frame.f_code].add(frame.f_lasti)
             for use in found[frame.f_code] if event == "line" else ():
-                if frame.f_lineno in use.lines and (x := _looked_up(frame, use)) is not None and \
+                if frame.f_lineno in use.lines and (x := _looked_up(frame, use, self._changes)) is not None and \
                         may_mean(use, x) and _meets(frame, use, x.shape):
                     held[use, frame.f_lineno].append(_sums(x))
                     if use.by is not None:
@@ -91,7 +93,7 @@ class PassedBy:
 
         def see(frame: FrameType, event: str) -> None:
             for use, line in self._left[frame.f_code] if event == "line" else ():
-                if frame.f_lineno == line and (x := _looked_up(frame, use)) is not None and \
+                if frame.f_lineno == line and (x := _looked_up(frame, use, self._changes)) is not None and \
                         may_mean(use, x) and _meets(frame, use, x.shape):
                     before = next(calls[use, line], None)
                     if before is not None and use not in self._suspects and _means_some(use, x, before):
@@ -109,7 +111,7 @@ class PassedBy:
                 if (some := [place for place in places if place[0] in suspects])}
         if not left or not groups or self._code is None:
             return graph
-        refused, met = _meant(recording, groups, left)
+        refused, met = _meant(recording, groups, left, self._changes)
         more = {group: Member(name, "tensor", every, every, dim) for (group, name), reason in met.items()
                 if (dim := branch_parameters.dim_alone(recording, self._code, name)) is not None
                 for every in [torch.arange(recording.model.get_parameter(name).numel())]
@@ -157,12 +159,12 @@ def _is_as_wide(by: object, sizes: Sequence[int]) -> bool:
     return isinstance(by, Tensor) and bool(set(sizes) & set(by.shape) - {1})
 
 
-def _looked_up(frame: FrameType, use: Use) -> Tensor | None:
+def _looked_up(frame: FrameType, use: Use, changes: Callable[[str], bool]) -> Tensor | None:
     """What variables hold there, if it is an ordinary tensor."""
     x = value_of(use.tensors[frame.f_lineno], frame.f_locals, frame.f_globals)
     if not isinstance(x, Tensor) or x.is_nested or x.is_meta:
         return None
-    return x if all(may_be(test, answer, frame.f_locals, frame.f_globals) for test, answer in use.asked) else None
+    return x if all(may_be(*each, frame.f_locals, frame.f_globals, changes) for each in use.asked) else None
 
 
 def _sums(x: Tensor) -> list[Tensor]:
@@ -187,8 +189,8 @@ def _means_some(use: Use, x: Tensor, before: Sequence[Tensor]) -> bool:
                for dim, each in enumerate(same))
 
 
-def _meant(recording: Recording, groups: Sequence[ChannelGroup], left: Mapping[CodeType, Sequence[_Place]]
-           ) -> tuple[dict[str, str], dict[tuple[str, str], str]]:
+def _meant(recording: Recording, groups: Sequence[ChannelGroup], left: Mapping[CodeType, Sequence[_Place]],
+           changes: Callable[[str], bool]) -> tuple[dict[str, str], dict[tuple[str, str], str]]:
     """(group -> what is said of it, where these uses mean channels of it; the same of (group, parameter) where its
     channels meet one, number by number)."""
     made: dict[Key, Places] = {}
@@ -202,7 +204,7 @@ def _meant(recording: Recording, groups: Sequence[ChannelGroup], left: Mapping[C
 
     def look(frame: FrameType, event: str) -> None:
         for use, line in left[frame.f_code] if event == "line" else ():
-            if frame.f_lineno != line or (x := _looked_up(frame, use)) is None:
+            if frame.f_lineno != line or (x := _looked_up(frame, use, changes)) is None:
                 continue
             for key, other in _others(mode, frame, use.tensors[frame.f_lineno]).items():
                 with torch._C.DisableTorchFunction():

@@ -1,13 +1,12 @@
 """Names that the code of a module has for its own attributes."""
 
 import ast
-import dis
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import TypeGuard
 
-from fastscore.modules.reachable_code import functions_in, is_torchs
+from fastscore.modules.reachable_code import functions_in, is_torchs, sets
 
 
 def is_own(node: ast.AST, owner: str) -> TypeGuard[ast.Attribute]:
@@ -56,6 +55,5 @@ def _changes(cls: type, attribute: str) -> bool:
     """Whether an attribute may be another thing after a method has run: a class computes it, or a method sets it."""
     kinds = [kind for kind in cls.__mro__ if not is_torchs(kind)]
     return any(hasattr(vars(kind).get(attribute), "__get__") for kind in kinds) or any(
-        instruction.opname in ("STORE_ATTR", "DELETE_ATTR") and instruction.argval == attribute
-        for kind in kinds for name, value in vars(kind).items() if name != "__init__"
-        for function in functions_in(value) for instruction in dis.get_instructions(function.__code__))
+        sets(function.__code__, attribute) for kind in kinds for name, value in vars(kind).items() if name != "__init__"
+        for function in functions_in(value))
