@@ -95,7 +95,8 @@ _VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64}
 _TIMM: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("resnet50d resnet50 resnetv2_50 efficientnet_lite0 tf_efficientnetv2_b0 mobilenetv3_large_100 "
      "mobilenetv4_conv_small mobilenetv4_hybrid_medium regnetx_002 regnetz_c16 convnext_atto convnextv2_atto repvgg_a0 "
-     "ghostnet_100 ghostnetv2_100 hrnet_w18_small cspresnet50 cspresnext50 cs3darknet_s dla34 dla60_res2net "
+     "convnext_zepto_rms ghostnet_100 ghostnetv2_100 hrnet_w18_small cspresnet50 cspresnext50 cs3darknet_s dla34 "
+     "dla60_res2net "
      "res2net50_26w_4s resnest14d seresnet50 mixnet_s hardcorenas_a vgg11_bn densenet121 densenetblur121d xception41 "
      "nfnet_f0 eca_nfnet_l0 fbnetc_100 dpn48b edgenext_xx_small fasternet_t0 hgnet_tiny hgnetv2_b0 inception_next_atto "
      "inception_v4 lcnet_050 mobileone_s0 gcresnext26ts lambda_resnet26t eca_resnext26ts rdnet_tiny repghostnet_050 "

@@ -111,6 +111,9 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
         **_BERT, "embedding_size": 32, "intra_bottleneck_size": 32, "initializer_range": 0.2}, "text"),
     ("SqueezeBertForSequenceClassification", "SqueezeBertConfig", {
         **_BERT, "embedding_size": 32, "num_attention_heads": 8}, "text"),
+    ("FunnelForSequenceClassification", "FunnelConfig", {
+        "vocab_size": 60, "block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 32, "n_head": 4, "d_head": 8,
+        "d_inner": 64}, "text"),
     ("T5ForConditionalGeneration", "T5Config", {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4,
                                                 "vocab_size": 60, "decoder_start_token_id": 0}, "pair"),
     ("LongT5ForConditionalGeneration", "LongT5Config", {
@@ -133,9 +136,13 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("DeiTForImageClassification", "DeiTConfig", _HF_VIT, "pixels"),
     ("BeitForImageClassification", "BeitConfig", _HF_VIT, "pixels"),
     ("Dinov2ForImageClassification", "Dinov2Config", _HF_VIT, "pixels"),
+    ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", _HF_VIT, "pixels"),
     ("SiglipForImageClassification", "SiglipConfig", {"vision_config": _HF_VIT, "num_labels": 5}, "pixels"),
     ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {**_HF_VIT, "projection_dim": 16}, "pixels embeds"),
     ("CLIPModel", "CLIPConfig", _CLIP, "clip"),
+    ("FocalNetForImageClassification", "FocalNetConfig", {
+        "image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "hidden_sizes": [16, 32],
+        "focal_levels": [2, 2], "focal_windows": [3, 3], "num_labels": 5}, "pixels"),
     ("SwinForImageClassification", "SwinConfig", {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1],
                                                   "num_heads": [2, 4], "window_size": 4, "num_labels": 5}, "pixels"),
     ("Swinv2ForImageClassification", "Swinv2Config", {
