@@ -184,6 +184,13 @@ def test_network_of_attentions(seed):
     check(generate(seed, attentions=True))
 
 
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT // 4))
+def test_network_of_language_models(seed):
+    """Biases by distance, shared keys that are turned, transposed layers, bottlenecks, gates that stay: see
+    random_adapted."""
+    check(generate(seed, adapted=True))
+
+
 def as_offered(network: RandomNetwork, graph: ChannelGraph) -> RandomNetwork:
     """The network, where what the code takes to be as wide goes together channel by channel, as the graph has it."""
     tied, found = unify(network.alike), list[set[int]]()

@@ -133,7 +133,7 @@ def test_dimensions_of_heads(seed: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("kind", ["more", "kinds", "attentions"])
+@pytest.mark.parametrize("kind", ["more", "kinds", "attentions", "adapted"])
 def test_whole_heads_and_their_dimensions(seed: int, kind: str) -> None:
     """PyTorch's own attention, attention whose projections are layers, in windows, turned, and of heads that talk."""
     network = generate(seed, **{kind: True})
