@@ -140,3 +140,11 @@ def test_whole_heads_and_their_dimensions(seed: int, kind: str) -> None:
     check(network, "heads_and_dims", lambda graph: tuple(
         group for group in scored_units.of_graph(network.model, graph, "heads_and_dims").groups
         if any(group.role("heads", "head_dims"))))
+
+
+def test_dimensions_that_code_turns_stay_however_little_queries_change() -> None:
+    """Their products are so small here that weights are all but even."""
+    network = generate(11, adapted=True)
+    graph = trace(network.model, network.inputs(), units="heads_and_dims")
+    assert graph.head_dims == ()
+    assert graph.whole_heads.keys() == {"layers.shared1.q_proj", "layers.shared3.q_proj"}

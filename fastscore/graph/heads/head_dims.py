@@ -34,6 +34,7 @@ _WHOLE = " (whole heads)"  # behind the name of heads beside whose dimensions th
 HEAD_DIMENSIONS = " (head dimensions)"  # behind the name of an attention's group, in what is kept
 _MOST_TRIALS = 8  # of as many numbers at once
 _EPS = 1e-3  # of a channel's length
+_SHARE = 0.05  # of what queries change, where that is less: nearly even weights hide what becomes of them
 
 
 @dataclass(frozen=True)
@@ -244,16 +245,18 @@ def _difference(dense: nn.Module, group: ChannelGroup, outputs: Sequence[str], c
     def differ(found: Mapping[str, Tensor | None], whole: Mapping[str, Tensor | None], gone: Tensor) -> bool:
         for edge in group.role("consumer"):
             stays, x = edge.index[~torch.isin(edge.channel, gone)], whole[edge.layer]
-            if x is None or not _close(found[edge.layer], x[..., stays.to(x.device)]):
+            if x is None or not _close(found[edge.layer], x[..., stays.to(x.device)], share):
                 return True
         return False
 
-    plain = inputs()
+    plain, share = inputs(), 1.0
     if unread := [layer for layer, x in plain.items() if x is None]:
         return f"{kind} does not call {unread[0]}: it reads its weights elsewhere"
     for factor, reason in _QUERIES.items() if queries else ():
-        if all(_close(x, plain[layer]) for layer, x in inputs((queries, factor)).items()):
+        scaled = inputs((queries, factor))
+        if all(_close(x, plain[layer]) for layer, x in scaled.items()):
             return reason.format(kind)
+        share = min(share, max(_apart(x, plain[layer]) for layer, x in scaled.items()))
     for gone in _parts(group):
         zero = [(member, index) for member, index in group.removed_at(gone) if member.role == "query"]
         try:
@@ -299,9 +302,18 @@ def _times(index: Tensor, factor: float, module: nn.Module, args: tuple[Any, ...
     return output.index_copy(-1, index_there, output.index_select(-1, index_there) * factor)
 
 
-def _close(x: Tensor | None, expected: Tensor | None) -> bool:
-    """Channel by channel, to rounding: a wrong scale differs by a share of a channel's length."""
+def _close(x: Tensor | None, expected: Tensor | None, share: float = 1.0) -> bool:
+    """Channel by channel, to rounding: a wrong scale differs by a share of a channel's length, or of the `share` of it
+    that queries change."""
     if x is None or expected is None:
         return False
-    bound = max(_EPS, 8 * torch.finfo(expected.dtype).eps)
+    bound = max(min(_EPS, _SHARE * share), 8 * torch.finfo(expected.dtype).eps)
     return close(x, expected, bound)
+
+
+def _apart(x: Tensor | None, expected: Tensor | None) -> float:
+    """By which share of its length a channel differs, of the one that differs most."""
+    if x is None or expected is None:
+        return 1.0
+    found, whole = (each.flatten(0, -2).double().norm(dim=0) for each in (x - expected, expected))
+    return float((found / whole.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(0).max())
