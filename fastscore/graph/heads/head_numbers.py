@@ -177,7 +177,7 @@ def decided_by(model: nn.Module, groups: Sequence[ChannelGroup], run: Callable[[
     for group in groups:
         counts = [(f"{member.layer}.{child}".strip("."), name) for member in group.role("heads") for child, name in
                   heads.counted(model.get_submodule(member.layer), member.attribute != heads.COUNTS_ALONE)]
-        if counts or units_of(group) < group.channels:  # whatever the number is called
+        if any(group.role("heads")):  # whatever the number is called
             counts += [(member.layer, member.attribute) for member in group.role("width")]
         for owner, name in sorted(counts):
             module = model.get_submodule(owner)
