@@ -108,8 +108,8 @@ def test_no_other_message_speaks_of_it() -> None:
                     and re.search(r"\bignore\b[^\"']", node.value) and "--ignore" not in node.value:
                 found.add(node.value)
     fragments = {fragment for fragment, _, _ in MESSAGES.values()}
-    # save_pretrained's, which tests/integrations/test_plain_transformers.py follows to a folder that loads; and of NaN, in
-    # test_bad_numbers.py
+    # save_pretrained's, which tests/integrations/test_plain_transformers.py follows to a folder that loads; and what is
+    # said of NaN, which test_bad_numbers.py follows
     elsewhere = {"beside what is there, ignore=[", "keep that width: prune with ignore=[",
                  "channels that do not meet this layer go with ignore="}
     told = {text for text in found if not any(fragment in text for fragment in fragments | elsewhere)}
