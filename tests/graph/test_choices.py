@@ -270,6 +270,23 @@ def test_tokens_that_are_left_out_by_a_threshold_are_chosen() -> None:
     assert scores.skipped["make"].startswith("they choose what comes to read")
 
 
+class LookedUp(Chosen):
+    """Scaled by a row of a table for each token, by how large it is."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: torch.bucketize(x.detach().mean(-1), torch.tensor([-0.5, 0.0, 0.5])))
+        self.table = nn.Embedding(4, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.make(x)
+        return self.head(self.read(x * self.table(self.choose(x))).relu().mean(1))
+
+
+def test_rows_of_a_table_are_chosen() -> None:
+    said = trace(LookedUp().double().eval(), tokens(2, 0)).skipped["make"]
+    assert said.startswith("table reads its channels where no gradient comes back")
+
+
 class Counts(Chosen):
     """Does something else in every `period`-th call."""
 

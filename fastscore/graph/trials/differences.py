@@ -69,8 +69,10 @@ def _largest(x: Tensor) -> float:
 def close(x: Tensor, before: Tensor, scale: Tensor | None = None, rounding: float | None = None) -> Tensor:
     """Element by element, bool, to `rounding` (of sums in another order) at the scale of `scale` (`before`).
 
-    NaN is close to NaN.
+    NaN is close to NaN; whole numbers are what they are.
     """
+    if not before.is_floating_point() and not before.is_complex():
+        return x == before
     scale = before if scale is None else scale
     largest = float(scale.abs().nan_to_num(0, 0, 0).max()) if scale.numel() else 0.0
     rounding = _ROUNDING * torch.finfo(before.dtype).eps if rounding is None else rounding
