@@ -18,8 +18,9 @@ _ALONG = dict.fromkeys(("flip", "softmax", "log_softmax", "softmin", "logsumexp"
                         "median", "sort", "argsort", "cumprod", "cumsum", "cummax", "cummin", "sum", "prod", "max",
                         "min", "argmax", "argmin", "unbind", "narrow", "select", "index_select", "diff"), 0) | {
     "roll": 1, "topk": 1, "norm": 1, "normalize": 1, "vector_norm": 1, "quantile": 1, "glu": 0, "cat": 0, "concat": 0}
-_OF_ALL = {"mean", "std", "var", "median", "norm", "vector_norm", "quantile"}  # along all dimensions, if none is said
-_STATISTICS = {*_OF_ALL, "logsumexp", "amax", "amin", "sum", "prod", "max", "min"}
+_OF_ALL = {"mean", "std", "var", "median", "norm", "vector_norm", "quantile", "amax", "amin", "sum", "prod", "max",
+           "min"}  # along all dimensions, if none is said
+_STATISTICS = {*_OF_ALL, "logsumexp"}
 _DEFAULTS = {"normalize": 1, "glu": -1, "cat": 0, "concat": 0, "unbind": 0}  # where they run along one, if none is said
 _FIRST_OF_IMAGES = {"group_norm", "pixel_shuffle", "channel_shuffle", "local_response_norm"}  # take the second for it
 _PARTS = {"chunk", "split", "tensor_split", "unflatten", "view", "reshape", "layer_norm"}

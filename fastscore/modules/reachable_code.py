@@ -165,10 +165,13 @@ def names_in(code: CodeType) -> Iterator[str]:
 
 def sets(code: CodeType, name: str) -> bool:
     """Whether code, or a function written in it, sets an attribute of that name, or may do so by the name."""
-    return any(sets(each, name) for each in code.co_consts if isinstance(each, CodeType)) or (
-        name in code.co_consts and not _BY_NAME.isdisjoint(code.co_names)) or (name in code.co_names and any(
-            each.opname in ("STORE_ATTR", "DELETE_ATTR") and each.argval == name
-            for each in dis.get_instructions(code)))
+    if any(sets(each, name) for each in code.co_consts if isinstance(each, CodeType)):
+        return True
+    if not _BY_NAME.isdisjoint(code.co_names) and any(
+            name == each or (isinstance(each, tuple) and name in each) for each in code.co_consts):
+        return True
+    return name in code.co_names and any(each.opname in ("STORE_ATTR", "DELETE_ATTR") and each.argval == name
+                                         for each in dis.get_instructions(code))
 
 
 def content(cell: CellType) -> Any:

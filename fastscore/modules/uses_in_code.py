@@ -1,6 +1,7 @@
 """Reading code for what it does, where it may be passed by, with tensors that may hold channels."""
 
 import ast
+import copy
 import dis
 import inspect
 from collections.abc import Iterator, Sequence
@@ -123,16 +124,20 @@ class _Reader:
         if (called := self._called(node.func)) is None:
             if of_self(node.func) and not isinstance(node.func, ast.Call):
                 yield from (use(each, node.func) for each in args)
-        elif self._depth < _DEEP:
-            names = called.__code__.co_varnames[:called.__code__.co_argcount]
-            put = dict(zip(names[isinstance(node.func, ast.Attribute):], node.args, strict=False))
-            put |= {each.arg: each.value for each in node.keywords if each.arg}
-            for inner in uses_in(called, self._kind, self._depth + 1):
-                inside = inlined(inner.tensor, inner.steps, 0)
-                by = None if inner.by is None else inlined(inner.by, inner.steps, 0)
-                if held_by(inside) | (set() if by is None else held_by(by)) <= put.keys() and \
-                        held_by(tensor := substituted(inside, put)):
-                    yield use(tensor, None if by is None else substituted(by, put), inner)
+        else:
+            yield from (use(tensor, by, inner) for tensor, by, inner in self._within(node, called))
+
+    def _within(self, call: ast.Call, called: FunctionType) -> Iterator[tuple[ast.expr, ast.expr | None, Use]]:
+        """What a function that is called makes of tensors: these, and what meets them, as it is given them."""
+        names = called.__code__.co_varnames[:called.__code__.co_argcount]
+        put = dict(zip(names[isinstance(call.func, ast.Attribute):], call.args, strict=False))
+        put |= {each.arg: each.value for each in call.keywords if each.arg}
+        for inner in uses_in(called, self._kind, self._depth + 1) if self._depth < _DEEP else ():
+            inside = inlined(inner.tensor, inner.steps, 0)
+            by = None if inner.by is None else inlined(inner.by, inner.steps, 0)
+            if held_by(inside) | (set() if by is None else held_by(by)) <= put.keys() and \
+                    held_by(tensor := substituted(inside, put)):
+                yield tensor, None if by is None else substituted(by, put), inner
 
     def _of_before(self, node: ast.AST, position: Position, steps: tuple[Step, ...], asked: Asked) -> Iterator[Use]:
         """Statistics that the variables of an expression were computed of before. Their own variables are looked up
@@ -145,6 +150,11 @@ class _Reader:
                 if is_statistic(each, around):
                     yield from (Use(each, position, tensor, (line,), before, self._parts, self._function, asked)
                                 for tensor in tensors_in(each, around) if held_by(tensor))
+                called = self._called(each.func) if isinstance(each, ast.Call) else None
+                for tensor, _, inner in self._within(each, called) if isinstance(each, ast.Call) and called else ():
+                    if is_statistic(inner.innermost.node, inner.innermost.function.__globals__):  # as if it stood here
+                        made = ast.copy_location(copy.copy(inner.innermost.node), each)
+                        yield Use(made, position, tensor, (line,), before, self._parts, self._function, asked)
                 at = next((at for at in reversed(range(len(before))) if isinstance(each, ast.Name)
                            and before[at][1] == each.id), None)
                 if at is not None and at not in seen:

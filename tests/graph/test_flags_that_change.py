@@ -55,6 +55,13 @@ class ByName(OfLarge):
         setattr(self, "large", large)  # noqa: B010
 
 
+class ByItsDict(OfLarge):
+    """Or so."""
+
+    def see(self, large: bool) -> None:
+        self.__dict__.update(large=large)
+
+
 class OfConfig(OfLarge):
     """One of a config."""
 
@@ -158,8 +165,8 @@ class OnDemand(OfLarge):
         self.large = True
 
 
-@pytest.mark.parametrize("kind", [OfLarge, EndsEarly, ByName, OfConfig, Word, Kind, Share, Computed, Item, OfBlock,
-                                  OnDemand])
+@pytest.mark.parametrize("kind", [OfLarge, EndsEarly, ByName, ByItsDict, OfConfig, Word, Kind, Share, Computed, Item,
+                                  OfBlock, OnDemand])
 def test_channels_stay_that_such_a_branch_means(kind: type[OfLarge]) -> None:
     assert "which example_inputs do not come to, would be something else" in trace(noisy(kind), X).skipped["first"]
 

@@ -137,6 +137,18 @@ class Before(Net):
         return h
 
 
+class BeforeByMethod(Net):
+    """The same, by a method."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        return h.mean(1, keepdim=True)
+
+    def between(self, h: Tensor) -> Tensor:
+        middle = self.middle(h)
+        h = 2 * h
+        return h - middle if self.other else h
+
+
 class Softmax(Net):
     def between(self, h: Tensor) -> Tensor:
         if self.other:
@@ -253,6 +265,13 @@ class Counted(Net):
         return h - h.mean(1, keepdim=True) if self.width < 12.0 else h
 
 
+class Everything(Net):
+    """Over all dimensions."""
+
+    def between(self, h: Tensor) -> Tensor:
+        return h / h.sum() if self.other else h
+
+
 class EinsumWithOwn(Net):
     """With a parameter that nothing else reads."""
 
@@ -270,6 +289,7 @@ STAY: dict[type[Net], str] = {
     Neighbours: "h.reshape((n, -1, 4, height, width))", Chunk: "h.chunk(2, 1)", Split: "torch.split(h, [4, 12], dim=1)",
     SplitAlike: "h.split(4, 1)", Unflatten: "h.unflatten(1, (4, -1))", Slice: "h[:, :4]", Half: "h[:, :half]",
     Last: "h[:, -1:]", Mean: "h.mean(1, keepdim=True)", Total: "h.sum(dim=1, keepdim=True)",
+    Everything: "h.sum()",
     Softmax: "F.softmax(h, dim=-3)", Roll: "torch.roll(h, 1, 1)",
     Scaled: "h.shape[1] ** (-0.5)", SecondHead: "self.aux(h.mean((2, 3)))",
     Scale: "h * self.scale.view(1, -1, 1, 1)", Renamed: "y.softmax(-1)", ByAttribute: "h[:, :self.width]",
@@ -292,3 +312,8 @@ def test_a_statistic_that_a_branch_reads_keeps_them() -> None:
     assert said.startswith("h.detach().norm(dim=1, keepdim=True), which Before.between (line ")
     line = int(re.search(r"\(line (\d+) of test_unrun.py\) reads where example_inputs do not", said)[1])
     assert "inverse.clamp" in linecache.getline(__file__, line)
+
+
+def test_so_does_one_that_a_method_computes() -> None:
+    said = trace(noisy(BeforeByMethod), X).skipped["first"]
+    assert said.startswith("h.mean(1, keepdim=True), which BeforeByMethod.between (line ")
