@@ -41,9 +41,12 @@ def write(path: str | PathLike[str], form: str, header: Mapping[str, Any], tenso
 @contextmanager
 def whole(path: str | PathLike[str]) -> Iterator[Path]:
     """Where to write what is to lie at `path`: beside it, under another name of the same suffix, and moved there in the
-    end; gone, and `path` as it was, where the block raises. Raises FileNotFoundError where there is no folder for it.
+    end; gone, and `path` as it was, where the block raises. Raises FileNotFoundError where there is no folder for it,
+    IsADirectoryError where it is one.
     """
     place = Path(path)
+    if place.is_dir():
+        raise IsADirectoryError(f"{path}: it is a folder; name a file in it")
     if not place.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {place.parent}; make it first")
     part = place.with_name(f"part-{place.name}")

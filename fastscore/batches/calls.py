@@ -1,5 +1,6 @@
 """How a model is called on a batch."""
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -49,7 +50,9 @@ def way_out(model: nn.Module, forward: Forward, batch: Batch, error: Exception) 
         return _other_types(model, batch)
     if isinstance(error, RuntimeError):  # as of shapes
         return ""
-    if not is_call_model(forward) or isinstance(batch, Tensor):
+    if not is_call_model(forward):
+        return "" if _takes_two(forward) else ". forward= is given both: forward=lambda model, batch: model(batch)"
+    if isinstance(batch, Tensor):
         return ""
     kind, how = type(batch).__name__, "pass forward=lambda model, batch: model"
     if isinstance(batch, Mapping):
@@ -62,6 +65,16 @@ def way_out(model: nn.Module, forward: Forward, batch: Batch, error: Exception) 
         part = next(name for name, value in fields_of(batch).items() if first_tensor(value) is not None)
         called, takes = f"on the {kind} itself", f"a part, {how}(batch.{part})"
     return f". It was called {called}: where it takes {takes}"
+
+
+def _takes_two(forward: Forward) -> bool:
+    try:
+        inspect.signature(getattr(forward, "checks", forward)).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # of code that says nothing of itself
+        return True
+    return True
 
 
 def _other_types(model: nn.Module, batch: Batch) -> str:

@@ -40,8 +40,9 @@ class Parser(argparse.ArgumentParser):
 
 def _meant(word: str, known: Iterable[str]) -> str:
     """What is said of the one of `known` that a word may be a slip of; empty where it is like none."""
-    close = difflib.get_close_matches(word, [*known], 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    named = {name.lstrip("-"): name for name in known}  # hyphens are alike in all of them
+    close = difflib.get_close_matches(word.lstrip("-"), named, 1)
+    return f"; did you mean {named[close[0]]}?" if close else ""
 
 
 def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], usage: str, text: str,

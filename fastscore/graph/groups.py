@@ -272,6 +272,6 @@ def matching_layers(model: nn.Module, ignore: Ignore) -> LayerNames:
         if not hits:
             close = difflib.get_close_matches(str(entry), names, n=3)
             raise ValueError(f"ignore: {entry!r} matches no layer of {type(model).__name__}"
-                             + (f"; did you mean {', '.join(close)}?" if close else ""))
+                             + (f"; did you mean {', '.join(map(repr, close))}?" if close else ""))
         matched |= {name for name in names if any(name == hit or name.startswith(f"{hit}.") for hit in hits)}
     return LayerNames(matched)

@@ -3,12 +3,15 @@
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from os import PathLike
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
+from torch.fx import GraphModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
@@ -20,11 +23,22 @@ def unwrapped(model: nn.Module, argument: str = "model") -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel or what torch.compile made, whose layers have the names
     that they have there. Raises TypeError, naming the argument, for what is no module."""
     if not isinstance(model, nn.Module):
-        within = "; its .model is one" if isinstance(getattr(model, "model", None), nn.Module) else ""
-        raise TypeError(f"{argument}: {' '.join(repr(model).split()):.80}, where a torch.nn.Module is meant{within}")
+        shown = type(model).__name__ if isinstance(model, Mapping) else f"{' '.join(repr(model).split()):.80}"
+        raise TypeError(f"{argument}: {shown}, where a torch.nn.Module is meant{_nearest(model)}")
     while (inside := _inside(model)) is not None:
         model = inside
     return model
+
+
+def _nearest(other: object) -> str:
+    """Where the module is that was meant by something else; of a checkpoint, what to do with it."""
+    if isinstance(getattr(other, "model", None), nn.Module):
+        return "; its .model is one"
+    if isinstance(other, Mapping):
+        for key, value in other.items():
+            if isinstance(value, nn.Module):
+                return f"; its [{key!r}] is one"
+    return "; build it, and load_state_dict(the weights)" if isinstance(other, (Mapping, str, PathLike)) else ""
 
 
 @contextmanager
@@ -55,12 +69,16 @@ def _inside(model: nn.Module) -> nn.Module | None:
 def check_whole(model: nn.Module) -> None:
     """Refuse a model of which no copy can be made that runs, or whose layers cannot be seen.
 
-    Raises TypeError where torch.jit made it; ValueError where its parameters are sharded, hold no values or have no
-    shape yet, or were made under torch.inference_mode, or a part of it is compiled, or in DistributedDataParallel.
+    Raises TypeError where torch.jit or torch.export made it; ValueError where its parameters are sharded, hold no
+    values or have no shape yet, or were made under torch.inference_mode, or a part of it is compiled, or in
+    DistributedDataParallel.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model: {type(model).__name__}, which torch.jit made, has no layers that could be measured or "
                         "made smaller: pass the nn.Module that it was made from, and script or trace the smaller one")
+    if _is_program(model):
+        raise TypeError(f"model: {type(model).__name__}, which torch.export made, has no layers that could be measured "
+                        "or made smaller: pass the nn.Module that it was made from, and export the smaller one")
     for owner, module in model.named_modules():
         for key, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
             if tensor is not None and is_lazy(tensor):
@@ -88,6 +106,12 @@ def check_whole(model: nn.Module) -> None:
                 "model, options=StateDictOptions(full_state_dict=True)) into a model that is not sharded; or use a "
                 "Scorer in the training loop, with the ChannelGraph that fastscore.graph.tracing.trace found before "
                 "sharding")
+
+
+def _is_program(model: nn.Module) -> bool:
+    """Whether its graph calls kernels alone, of plain modules that hold weights: what torch.fx traces calls layers."""
+    return isinstance(model, GraphModule) and any(isinstance(node.target, OpOverload) for node in model.graph.nodes) \
+        and all(type(module) is nn.Module for module in model.modules() if module is not model and module._parameters)
 
 
 _blocks: Counter[int] = Counter()  # thread -> blocks of without_checkpoints that it is in

@@ -164,6 +164,7 @@ def test_keywords_become_options(text: str, expected: str) -> None:
     (("prune", *NET, "--mac", "0.7"), "--mac: there is no such option; did you mean --macs?"),
     (("prune", *NET, "--macs=0.7", "--outt=x.pt2"), "--outt: there is no such option; did you mean --out?"),
     (("prune", *NET, "--zzz"), "--zzz: there is no such option (see"),
+    (("curve", *NET, "--budgets", "0.7"), "--budgets: there is no such option (see"),  # is like --units by its hyphens
     (("inf",), "'info'); did you mean info? (see"),
     (("compare", *NET, "--images", "photos", "--repair", "linera"), "'none'); did you mean linear? (see"),
 ])

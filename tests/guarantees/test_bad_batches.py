@@ -53,6 +53,14 @@ def test_a_batch_that_the_model_takes_otherwise_has_a_way_out(part: Callable[[An
     assert all(torch.equal(found[f"net.{layer}"], values) for layer, values in want.items())
 
 
+def test_a_forward_that_takes_the_batch_alone() -> None:
+    model = trained()
+    refused(ValueError, re.escape("forward= is given both: forward=lambda model, batch: model(batch)"), model,
+            lambda: score(model, forward=lambda batch: model(batch)))
+    with pytest.raises(ValueError, match=r"subscriptable$"):  # an error of its own
+        score(model, forward=lambda model, batch: len[model, batch])
+
+
 def test_labels_missing() -> None:
     model = trained()
     for batches in ([X], [(X,)], [{"x": X}], [(X, None)], [(X, [0, 1, 2, 3])]):

@@ -46,6 +46,27 @@ def test_what_is_no_model(other: Any) -> None:
             act()
 
 
+@pytest.mark.parametrize(("other", "way_out"), [
+    (lambda model: {"model": model, "epoch": 3}, r"; its \['model'\] is one$"),
+    (lambda model: model.state_dict(), r"^model: OrderedDict, where .*; build it, and load_state_dict\("),
+    (lambda model: "checkpoint.pth", r"^model: 'checkpoint.pth', where .*; build it, and load_state_dict\(")])
+def test_a_checkpoint_for_its_model(other: Callable[[nn.Module], Any], way_out: str) -> None:
+    model = RESIDUAL.model()
+    with pytest.raises(TypeError, match=way_out):
+        score(other(model))
+
+
+def test_what_torch_export_wrote_out() -> None:
+    """A program, in which no layers are: those that keep them, as torch.fx traces them, are scored."""
+    model = RESIDUAL.model()
+    exported = torch.export.export(model, (X,)).module()
+    for act in (lambda: score(exported), lambda: Scorer(exported, X)):
+        with pytest.raises(TypeError, match=r"^model: GraphModule, which torch\.export made, has no layers .*: pass "
+                                            r"the nn\.Module that it was made from, and export the smaller one"):
+            act()
+    assert list(score(torch.fx.symbolic_trace(model))) == list(score(model))
+
+
 def test_a_model_without_values_or_gradients() -> None:
     meta = RESIDUAL.model().to("meta")
     with torch.inference_mode():
@@ -62,7 +83,9 @@ def test_scores_that_are_none_and_a_folder_for_a_file(tmp_path: Path) -> None:
     model = RESIDUAL.model()
     with pytest.raises(TypeError, match=r"^scores: dict; give what fastscore.score returned"):
         fastscore.prune(model, dict(score(model)), X, macs=0.5)  # type: ignore[arg-type]
-    for act in (lambda: score(model, resume=tmp_path), lambda: fastscore.Scores.load(tmp_path)):
+    smaller = fastscore.prune(model, score(model), X, macs=0.5)
+    for act in (lambda: score(model, resume=tmp_path), lambda: fastscore.Scores.load(tmp_path),
+                lambda: score(model).save(tmp_path), lambda: fastscore.save_pruned(smaller, tmp_path)):
         with pytest.raises(IsADirectoryError, match="it is a folder"):
             act()
 
@@ -94,8 +117,11 @@ def test_everything_ignored() -> None:
     model = trained()
     refused(ValueError, r"no channel that can be scored\n(.|\n)*stem\.0: ignored", model,
             lambda: score(model, ignore=[nn.Conv2d]))
-    refused(ValueError, r"^ignore: 'stem\.1x' matches no layer.*did you mean stem\.1", model,
+    refused(ValueError, r"^ignore: 'stem\.1x' matches no layer.*did you mean 'stem\.1'", model,
             lambda: score(model, ignore="stem.1x"))
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).double()
+    refused(ValueError, r"^ignore: 0 matches no layer of Sequential; did you mean '0'", plain,
+            lambda: score(plain, ignore=[0]))  # names are texts
     scores = score(model)
     refused(ValueError, "^ignore: it leaves no channel that can go", model,
             lambda: fastscore.prune(model, scores, X, channels=0.5, ignore="*"))

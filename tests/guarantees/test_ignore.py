@@ -67,7 +67,7 @@ def asked_for(budget: str) -> Callable[[str], dict[str, Any]]:
 
 def suggested(message: str) -> dict[str, Any]:
     (names,) = re.findall(r"did you mean ([^?]*)\?", message)
-    return {"ignore": names.split(", ")[:1]}
+    return {"ignore": [ast.literal_eval(name) for name in names.split(", ")[:1]]}
 
 
 FEWER = "ignore fewer layers"
