@@ -62,8 +62,8 @@ def save_pretrained(pruned: nn.Module | PruneResult, folder: str | PathLike[str]
         folder: where config.json and the weights go; `type(model).from_pretrained(folder)` loads them.
 
     Returns:
-        The ordinary model that was written, in the dtype of the pruned one. Both were run in float32, and give the same
-        (to half its digits, as eps is one number for all norms).
+        The ordinary model that was written, in the dtype of the pruned one. Both were run in float32, or as they are in
+        float64, and give the same (to half the digits of float32, as eps is one number for all norms).
 
     Raises:
         TypeError: no model of transformers.
@@ -75,8 +75,8 @@ def save_pretrained(pruned: nn.Module | PruneResult, folder: str | PathLike[str]
         raise TypeError(f"pruned: {type(model).__name__} is no model of transformers: {_WAY_OUT}")
     dtype = next(model.parameters()).dtype
     with torch.device("cpu"):  # whatever default device a user has set for tensors
-        # in float32: fewer digits do not tell what widths change from rounding, and norms compute with no more
-        plain = _ordinary(copy.deepcopy(model).cpu().float(), dtype)
+        # in float32 at least: fewer digits do not tell what widths change from rounding
+        plain = _ordinary(copy.deepcopy(model).cpu().to(torch.promote_types(dtype, torch.float32)), dtype)
     plain = plain.to(dtype).train(model.training)
     plain.save_pretrained(folder)
     return plain
@@ -97,7 +97,7 @@ def _ordinary(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if getattr(config, bias, None) is False and any(
                 layer is not None and layer.bias is not None for layer in _optional(model, bias)):
             setattr(config, bias, True)
-    plain = _built(model, config)
+    plain = _built(model, config).to(next(model.parameters()).dtype)
     for name, own in plain.state_dict().items():
         if name not in state and name.endswith(".bias"):
             state[name] = torch.zeros_like(own, device="cpu")
@@ -280,7 +280,7 @@ def _check_same(model: PreTrainedModel, plain: PreTrainedModel) -> None:
         said = " ".join(str(error).split())
         raise ValueError(f"pruned: {type(model).__name__} cannot be run to compare it with the ordinary one "
                          f"({type(error).__name__}: {said}): {_WAY_OUT}") from error
-    close: float = torch.finfo(want.dtype).eps ** 0.5
+    close: float = torch.finfo(torch.float32).eps ** 0.5  # in which norms compute, whatever they are given
     if not torch.allclose(got, want, rtol=0, atol=close * float(want.abs().max())):
         narrowed = getattr(plain.config, "hidden_size", None) != getattr(model.config, "hidden_size", None)
         why = f", as its code computes with the hidden width: {_same_width(model)}" if narrowed else ": "

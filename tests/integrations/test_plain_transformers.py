@@ -26,10 +26,9 @@ def _pruned(kind: str, dtype: torch.dtype = torch.float32, units: Any = "groups"
     sizes = {name: value for name, value in SIZES.items() if kind != "BERT" or not name.startswith(("num_key", "head"))}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = family[0](family[1](**sizes, tie_word_embeddings="tied" in kind)).eval()
+        model = family[0](family[1](**sizes, tie_word_embeddings="tied" in kind)).eval().to(dtype)
         for parameter in model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
-    model.to(dtype)
     batch = {"input_ids": torch.randint(1, 40, (3, 7), generator=torch.Generator().manual_seed(1))}
     scores = fastscore.score(model, [batch], units=units, forward=forward, progress=False)
     return fastscore.prune(model, scores, batch, forward=forward, **options).model, batch
@@ -63,6 +62,7 @@ def test_in_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     loaded = type(small).from_pretrained(tmp_path, dtype="auto")
     assert loaded.dtype == dtype
     assert loaded.config.hidden_size < 32
+    assert torch.equal(loaded.lm_head.weight, small.lm_head.weight)  # to the last digit
     with torch.no_grad():
         want, got = (forward(each, batch) for each in (small, loaded))
     close = 4 * torch.finfo(dtype).eps if dtype is torch.bfloat16 else 1e-5
