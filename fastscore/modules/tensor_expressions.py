@@ -66,7 +66,8 @@ def substituted(node: ast.expr, values: Mapping[str, ast.expr]) -> ast.expr:
 
 
 def value_of(node: ast.expr, names: Mapping[str, Any], around: dict[str, Any]) -> Any:
-    """What an expression is, of variables, and of a file's; None where it cannot be computed."""
+    """What an expression is, of variables, and of a file's; None where it cannot be computed. Of two things that meet
+    number by number, one that can stands for both."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
     if any(isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and isinstance(each.func.value, ast.Name)
@@ -74,6 +75,9 @@ def value_of(node: ast.expr, names: Mapping[str, Any], around: dict[str, Any]) -
         return None  # which would run a layer
     with suppress(Exception), torch._C.DisableTorchFunction(), torch.no_grad():
         return eval(_compiled(node), around, names)
+    if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.MatMult):  # `x * mask`, where there is no mask
+        sides = [value_of(each, names, around) for each in (node.left, node.right)]
+        return next((side for side in sides if isinstance(side, torch.Tensor)), None)
     return None
 
 

@@ -110,3 +110,31 @@ class Turned(Two):
 def test_channels_that_only_the_branch_puts_together_stay(kind: type[nn.Module], said: str) -> None:
     skipped = trace(noisy(kind), X).skipped
     assert [skipped[layer].partition(" in ")[0] for layer in ("first", "beside")] == [said] * 2
+
+
+class ByMask(Net):
+    """Another layer reads channels by a mask, which is none where the branch is passed by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masked = nn.Conv2d(16, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.first(x).relu()
+        if mask is not None:
+            return self.masked(h * mask)
+        return self.second(h)
+
+
+class ByMaskBefore(ByMask):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.first(x).relu()
+        if mask is None:
+            return self.second(h)
+        h = mask * h
+        return self.masked(h)
+
+
+@pytest.mark.parametrize(("kind", "said"), [(ByMask, "self.masked(h * mask)"), (ByMaskBefore, "self.masked(h)")])
+def test_what_another_layer_reads_by_a_mask_stays(kind: type[nn.Module], said: str) -> None:
+    assert trace(noisy(kind), X).skipped["first"].startswith(f"{said} in {kind.__name__}.forward")
