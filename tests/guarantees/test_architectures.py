@@ -9,7 +9,7 @@ import architectures
 import pytest
 import reach
 import torch
-from architectures import row, trained
+from architectures import in_short, row, trained
 from model_case import Case
 from models_page import PAGE, on_page
 from oracles import untouched
@@ -37,6 +37,12 @@ def test_the_page_is_true(case: Case) -> None:
 
 def test_the_page_has_a_line_for_a_member_of_each_family() -> None:
     assert {case.name for case in CASES if case.small} <= ON_PAGE.keys() <= {case.name for case in CASES}
+
+
+def test_a_long_reason_ends_with_a_word() -> None:
+    said = "blocks.0.fc works along another dimension than that of its channels: its input has them last, others first"
+    assert in_short(said) == "… works along another dimension than that of its channels: its input has them …"
+    assert in_short("fc is frozen for now") == "fc is frozen for now"
 
 
 class Faint(nn.Module):

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import textwrap
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -330,6 +331,7 @@ _IN_SHORT = (
     (r"the code of (\w+) reads", r"\1's own code reads it"),
     (r"its channels go with", "goes with others"),
     (r"^(\w+) does not run", r"\1 does not run smaller"),
+    (r"does not run with fewer channels there \(\S+ \((\w+)\)", r"\1 does not run smaller"),
     (r"does not compute the same|computes something else", "another result when smaller"),
 )
 
@@ -339,7 +341,9 @@ def in_short(reason: str) -> str:
     for pattern, words in _IN_SHORT:
         if match := re.search(pattern, reason):
             return match.expand(words)
-    return one_line(re.sub(r"\b\w+(\.\w+)+\b", "…", reason))[:60]
+    text = one_line(re.sub(r"\b\w+(\.\w+)+\b", "…", reason))
+    short = textwrap.shorten(text, 80, placeholder="")
+    return text if short == text else short.rstrip(" (…:,") + " …"
 
 
 def one_line(text: str) -> str:
