@@ -107,7 +107,8 @@ def check_scores(network: RandomNetwork, graph: ChannelGraph, x: Tensor) -> fast
         for found, want in ((scores, s.square()), (of_loss, s.abs())):
             if group.name not in found:
                 continue
-            torch.testing.assert_close(found[group.name].double(), want.mean(0), rtol=1e-6, atol=1e-9 * most + 1e-37,
+            torch.testing.assert_close(found[group.name].double(), want.mean(0), rtol=max(1e-6, network.rounding),
+                                       atol=network.rounding * most + 1e-37,
                                        msg=lambda text, name=group.name: f"{name}: {text}")
     return scores
 
@@ -133,15 +134,15 @@ def check_surgery(network: RandomNetwork, graph: ChannelGraph, scores: fastscore
         want = gated(network, x, lambda unit: float(unit not in gone))
         got = result.model(x)
     scale = float(want.abs().max()) + 1e-30
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * scale)
+    torch.testing.assert_close(got, want, rtol=network.rounding, atol=network.rounding * scale)
     fraction = 1 - result.report.channels[1] / result.report.channels[0]
     with oracles.untouched(network.model), torch.no_grad(), \
             fastscore.mask(network.model, scores, fraction, x[:1], compensate=False) as removed:
         gone = {units_of(network, group)[channel] for group in graph.groups if group.name in removed
                 for channel in removed[group.name].tolist()}
         masked = network.model(x)
-    torch.testing.assert_close(masked, gated(network, x, lambda unit: float(unit not in gone)), rtol=1e-9,
-                               atol=1e-9 * scale)
+    torch.testing.assert_close(masked, gated(network, x, lambda unit: float(unit not in gone)),
+                               rtol=network.rounding, atol=network.rounding * scale)
 
 
 def check(network: RandomNetwork) -> None:
@@ -189,6 +190,12 @@ def test_network_of_language_models(seed):
     """Biases by distance, shared keys that are turned, transposed layers, bottlenecks, gates that stay: see
     random_adapted."""
     check(generate(seed, adapted=True))
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT // 5))
+def test_network_of_experts(seed):
+    """Mixtures whose routers transformers has, beside a stream or in its place: see random_experts."""
+    check(generate(seed, experts=True))
 
 
 def as_offered(network: RandomNetwork, graph: ChannelGraph) -> RandomNetwork:

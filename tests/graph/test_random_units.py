@@ -1,5 +1,5 @@
-"""Residual branches, whole heads and dimensions of heads of random networks, scored and removed: against gates by brute
-force.
+"""Residual branches, whole experts, whole heads and dimensions of heads of random networks, scored and removed: against
+gates by brute force.
 
 A few networks in a normal run; FASTSCORE_NIGHTLY=1 makes it 100 of each, and FASTSCORE_FIRST_SEED=n begins at another.
 """
@@ -58,6 +58,24 @@ def without_dimensions(model: nn.Module, gates: list[tuple[ChannelGroup, Tensor]
     return functional_call(model, changed, (x,))
 
 
+def without_experts(model: nn.Module, group: ChannelGroup, gate: Tensor, x: Tensor) -> Tensor:
+    """The output where what experts make is multiplied by the gates [E]."""
+    name = f"{group.name}.down_proj"
+    return functional_call(model, {name: model.get_parameter(name) * gate[:, None, None]}, (x,))
+
+
+def never_chosen(model: nn.Module, groups: list[ChannelGroup], removed: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The output by the definition of mixtures whose routers never choose the experts of `removed`."""
+    owners = {group.name: model.get_submodule(group.name.rpartition(".")[0]) for group in groups}
+    for name, owner in owners.items():
+        owner.gone = removed.get(name, torch.tensor([])).tolist()
+    try:
+        return model(x)
+    finally:
+        for owner in owners.values():
+            owner.gone = []
+
+
 def sums(model: nn.Module, group: ChannelGroup, x: Tensor, v: Tensor) -> Tensor:
     """s [N, C]."""
     if any(group.role("branch")):
@@ -67,7 +85,9 @@ def sums(model: nn.Module, group: ChannelGroup, x: Tensor, v: Tensor) -> Tensor:
     for one, direction in zip(x.split(1), v.split(1), strict=True):
         gate = torch.ones(group.channels, dtype=x.dtype, requires_grad=True)
         # twice: of one sample alone, PyTorch's BatchNorm on a CPU sends a wrong gradient back to tokens
-        output = without_dimensions(model, [(group, gate)], torch.cat((one, one)))
+        twice = torch.cat((one, one))
+        output = without_experts(model, group, gate, twice) if any(group.role("expert")) else \
+            without_dimensions(model, [(group, gate)], twice)
         rows.append(torch.autograd.grad((output[:1] * direction).sum(), gate)[0])
     s = torch.stack(rows)
     return torch.stack([s[:, group.unit == unit].sum(1) for unit in group.unit], 1)
@@ -77,6 +97,8 @@ def masked(model: nn.Module, groups: list[ChannelGroup], removed: dict[str, Tens
     if any(groups[0].role("branch")):
         (group,) = groups
         return without_branch(model, group, x, torch.zeros(len(x), dtype=x.dtype))
+    if any(groups[0].role("expert")):
+        return never_chosen(model, groups, removed, x)
     return without_dimensions(model, [(group, torch.ones(group.channels, dtype=x.dtype).index_fill(
         0, removed[group.name], 0)) for group in groups if group.name in removed], x)
 
@@ -97,7 +119,8 @@ def check(network: RandomNetwork, units: str, of: Callable[[Any], tuple[ChannelG
     found = [group for group in of(graph) if group.name in scores]
     for group in found:
         want = sums(model, group, x, v).square().mean(0)
-        torch.testing.assert_close(scores[group.name].double(), want, rtol=1e-5, atol=1e-9 * float(want.max()) + 1e-37)
+        torch.testing.assert_close(scores[group.name].double(), want, rtol=1e-5,
+                                   atol=network.rounding * float(want.max()) + 1e-37)
         alone = replace(scores, totals={group.name: scores.totals[group.name]})
         budget = {"params": 0.999} if any(group.role("branch")) else {"channels": 0.5}
         with oracles.untouched(model):
@@ -105,7 +128,8 @@ def check(network: RandomNetwork, units: str, of: Callable[[Any], tuple[ChannelG
         assert list(result.removed) == [group.name]
         with torch.no_grad():
             want = masked(model, [group], result.removed, x)
-            torch.testing.assert_close(result.model(x), want, rtol=1e-9, atol=1e-9 * float(want.abs().max()) + 1e-30)
+            torch.testing.assert_close(result.model(x), want, rtol=network.rounding,
+                                       atol=network.rounding * float(want.abs().max()) + 1e-30)
     if units == "heads_and_dims" and found:
         both = replace(scores, totals={group.name: scores.totals[group.name] for group in found})
         result = fastscore.prune(model, both, x[:1], channels=0.6, compensate=False, progress=False)
@@ -119,6 +143,29 @@ def check(network: RandomNetwork, units: str, of: Callable[[Any], tuple[ChannelG
 def test_branches(seed: int) -> None:
     check(generate(seed), "blocks", lambda graph: tuple(group for group in with_blocks(graph).groups
                                                         if any(group.role("branch"))))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_experts(seed: int) -> None:
+    """Each mixture alone; and under budgets with the channels of all layers, which count what is there."""
+    network = generate(seed, experts=True)
+    if not check(network, "experts", lambda graph: graph.experts):
+        return
+    model, x = network.model, network.inputs()
+    scores = fastscore.score(model, [x], units="experts", progress=False)
+    for budget in ({"params": 0.7}, {"macs": 0.7}):
+        with oracles.untouched(model):
+            try:
+                result = fastscore.prune(model, scores, x[:1], compensate=False, progress=False, **budget)
+            except ValueError as error:
+                if "cannot be reached" not in str(error):
+                    raise
+                continue
+        assert result.report.params[1] == sum(parameter.numel() for parameter in result.model.parameters())
+        assert result.report.macs[1] == fastscore.prune(result.model, fastscore.score(
+            result.model, [x], progress=False), x[:1], channels=1.0, progress=False).report.macs[0]
+        (before, after), share = next((getattr(result.report, key), value) for key, value in budget.items())
+        assert after <= share * before
 
 
 def test_a_branch_with_a_gate() -> None:

@@ -162,3 +162,23 @@ def test_a_loss_that_balances_experts_goes_on() -> None:
         **SIZES | {"num_hidden_layers": 1}, num_local_experts=2)).eval()
     kept = fastscore.score(few, [TOKENS], units="experts", forward=forward, progress=False).skipped
     assert kept[f"{MIXTURES[0]} (whole experts)"] == "all are chosen for every token"
+
+
+def test_a_reason_blames_the_code_of_the_user_not_what_stands_in() -> None:
+    """What experts make is given the shape of what they read, which is another width once channels are gone."""
+    class Reshaping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.block, self.head = nn.Linear(6, 16), _mixtral().model.layers[0].mlp, nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            read: Any = self.first(x)
+            return self.head(self.block(read.relu()).sin().view(read.shape))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Reshaping().eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        reasons = trace(model, torch.randn(2, 5, 6)).skipped
+    assert not any("ExpertLinear" in reason for reason in reasons.values())

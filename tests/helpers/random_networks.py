@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from networks import randomize
 from random_adapted import Adapted
+from random_experts import Experts
 from random_heads import Attentions
 from random_kinds import Kinds
 from random_layers import Layers
@@ -18,20 +19,22 @@ from torch import Tensor, nn
 
 
 def generate(seed: int, length: int | None = None, more: bool = False, kinds: bool = False,
-             alike: bool = False, views: bool = False, attentions: bool = False, adapted: bool = False
-             ) -> RandomNetwork:
+             alike: bool = False, views: bool = False, attentions: bool = False, adapted: bool = False,
+             experts: bool = False) -> RandomNetwork:
     """The network of this seed, always the same. more: of the steps of random_layers, too. kinds: of those of
     random_kinds and random_mixers. alike: code between two layers takes the widths of both to be the same. views:
     of those of random_views. attentions: of those of random_heads. adapted: of those of
-    random_adapted."""
-    return _Generator(seed, more, kinds, alike, views, attentions, adapted).build(length)
+    random_adapted. experts: of those of random_experts."""
+    return _Generator(seed, more, kinds, alike, views, attentions, adapted, experts).build(length)
 
 
-class _Generator(Steps, Layers, Kinds, Mixers, Views, Attentions, Adapted):
+class _Generator(Steps, Layers, Kinds, Mixers, Views, Attentions, Adapted, Experts):
     def __init__(self, seed: int, more: bool = False, kinds: bool = False, alike: bool = False,
-                 views: bool = False, attentions: bool = False, adapted: bool = False) -> None:
+                 views: bool = False, attentions: bool = False, adapted: bool = False,
+                 experts: bool = False) -> None:
         self.seed, self.rng, self.more, self.with_kinds = seed, random.Random(seed), more, kinds
         self.alike, self.with_views, self.with_attentions, self.with_adapted = alike, views, attentions, adapted
+        self.with_experts = experts
         self.parent: list[int] = []
         self.steps: list[Step] = []
         self.layers: dict[str, nn.Module] = {}
@@ -121,6 +124,7 @@ class _Generator(Steps, Layers, Kinds, Mixers, Views, Attentions, Adapted):
             options |= dict(self.views()) if self.with_views else {}
             options |= dict(self.attentions()) if self.with_attentions else {}
             options |= dict(self.adapted()) if self.with_adapted else {}
+            options |= dict(self.experts()) if self.with_experts else {}
             options |= {self.as_wide: 12} if self.alike else {}
             for step in self.rng.choices(list(options), list(options.values()), k=length or self.rng.randrange(4, 14)):
                 step()

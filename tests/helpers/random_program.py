@@ -81,6 +81,11 @@ class RandomNetwork:
     alike: list[set[int]] = field(default_factory=list)  # units of which as many must go: they go together, or none
 
     @property
+    def rounding(self) -> float:
+        """Of what the model computes: routers of transformers take their softmax in float32."""
+        return 1e-5 if "routed" in self.names else 1e-9
+
+    @property
     def read(self) -> set[int]:
         """Units that some layer reads."""
         return {unit for of_layer in self.consumers.values() for unit in of_layer}

@@ -19,6 +19,7 @@ from fastscore.graph.following.made_tables import MadeTables
 from fastscore.graph.following.nested import Nested
 from fastscore.modules.hooks import put_on
 from fastscore.modules.marked_numbers import Place
+from fastscore.modules.weights.parameter_layers import ParameterLayer
 
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.bmm, Tensor.bmm, torch.baddbmm,
@@ -219,7 +220,8 @@ class NotedCalls(TorchFunctionMode):
 
         joined: of a concatenation, of what, and along which dimension."""
         if func in ZEROS:
-            if output.is_floating_point() and (code := cut_of(None, output.shape)) is not None:
+            if output.is_floating_point() and (code := cut_of(None, output.shape)) is not None and \
+                    not isinstance(code.module, ParameterLayer):  # whose code is no user's
                 self._zeros.setdefault(_memory(output), (output, code))
             return
         taken = list(tensors_of(args)) if joined is None else joined[0]
