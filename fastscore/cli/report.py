@@ -3,7 +3,6 @@
 import argparse
 import json
 import shlex
-from dataclasses import asdict
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -25,7 +24,6 @@ from fastscore.pruning.budgets.costs import Costs, Resource
 from fastscore.pruning.budgets.selection import check_removable, scored_graph, totals_along
 from fastscore.pruning.options import Budgets, Ranking, resolve_compensate
 from fastscore.pruning.order.ranking import rank
-from fastscore.pruning.report import PruneReport
 from fastscore.recovery.divergence import judged_by
 from fastscore.scoring.scores import Scores
 
@@ -135,14 +133,14 @@ def removal_costs(model: nn.Module, scores: Scores, example_inputs: Batch) -> di
 
 
 def write(scores: Scores, path: str | PathLike[str], *, title: str = "Channel scores", fraction: float = 0.3,
-          pruned: PruneReport | None = None, costs: dict[str, Any] | None = None, curve: dict[str, Any] | None = None,
+          costs: dict[str, Any] | None = None, curve: dict[str, Any] | None = None,
           command: str = "fastscore prune MODEL --scores FILE") -> None:
     """Write `scores` as a page: how they were made, a table of layers that can be sorted, each layer's importances.
 
     fraction: the share of channels that the page shows as going at first; a slider changes it. All layers are ranked
-    together, and one channel stays in each. pruned: what prune() reported, as a second table. costs: of removal_costs,
-    with which budgets are in MACs and parameters, too. curve: of read_curve; what it
-    measured is said beside the budget. command: shown with the chosen budget behind it.
+    together, and one channel stays in each. costs: of removal_costs, with which budgets are in MACs and parameters,
+    too. curve: of read_curve; what it measured is said beside the budget. command: shown with the chosen budget behind
+    it.
 
     Raises ValueError for a fraction outside [0, 1), FileNotFoundError for a folder that is not there.
     """
@@ -151,13 +149,13 @@ def write(scores: Scores, path: str | PathLike[str], *, title: str = "Channel sc
     # "</script>" in a layer's name would end the data
     if curve is not None:
         curve = curve | {"judged": judged_by(curve["decisions"], "no repair has seen", curve.get("mixed", ""))}
-    held = _data(scores, title, fraction, pruned) | {"costs": costs, "curve": curve, "command": command}
+    held = _data(scores, title, fraction) | {"costs": costs, "curve": curve, "command": command}
     data = json.dumps(held, ensure_ascii=True).replace("<", "\\u003c")
     with files.whole(path) as part:
         part.write_text(page.replace("__DATA__", data), encoding="utf-8")
 
 
-def _data(scores: Scores, title: str, fraction: float, pruned: PruneReport | None) -> dict[str, Any]:
+def _data(scores: Scores, title: str, fraction: float) -> dict[str, Any]:
     origin = scores.origin
     layers = [{"name": layer, "values": [float(f"{value:.9g}") for value in values.tolist()]}
               for layer, values in scores.items()]
@@ -171,9 +169,5 @@ def _data(scores: Scores, title: str, fraction: float, pruned: PruneReport | Non
         facts["coverage"] = "; ".join([first.removeprefix("coverage: "), *map(str.strip, rest)])
     facts |= {"rows": "; ".join(scores.row_notes)} if scores.row_notes else {}
     facts |= scores.notes
-    return {"title": title, "facts": list(facts.items()), "fraction": fraction,
-            "layers": layers,
-            "skipped": list((scores.skipped if pruned is None else pruned.skipped).items()),
-            "pruned": None if pruned is None else {
-                "channels": pruned.channels, "macs": pruned.macs, "params": pruned.params,
-                "groups": [asdict(group) for group in pruned.groups]}}
+    return {"title": title, "facts": list(facts.items()), "fraction": fraction, "layers": layers,
+            "skipped": list(scores.skipped.items())}

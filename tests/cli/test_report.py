@@ -75,7 +75,7 @@ def test_the_file_holds_every_score_and_asks_nobody_for_anything(scores: Scores,
     assert [layer["name"] for layer in held["layers"]] == list(scores)
     for layer in held["layers"]:
         assert torch.equal(torch.tensor(layer["values"]), scores[layer["name"]])
-    assert (held["title"], held["fraction"], held["pruned"]) == ("mine", 0.25, None)
+    assert (held["title"], held["fraction"]) == ("mine", 0.25)
     assert dict(held["facts"])["samples"] == "8"
     text = path.read_text()
     assert "default-src 'none'" in text
@@ -147,13 +147,9 @@ def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
 
 
 @needs_browser
-def test_before_and_after_and_a_picture(scores: Scores, tmp_path: Path) -> None:
-    path, x = tmp_path / "r.html", RESIDUAL.inputs(2)
-    pruned = fastscore.prune(RESIDUAL.traced(), scores, x, macs=0.5).report
-    html_report.write(scores, path, pruned=pruned)
-    table = rows(shown(path), "report")
-    assert [row[1] for row in table] == [f"{group.channels[0]} → {group.channels[1]}" for group in pruned.groups]
-    assert [row[2] for row in table] == [f"{group.macs[0]:,} → {group.macs[1]:,}" for group in pruned.groups]
+def test_a_picture(scores: Scores, tmp_path: Path) -> None:
+    path = tmp_path / "r.html"
+    html_report.write(scores, path)
     browse("--window-size=900,900", f"--screenshot={tmp_path / 'r.png'}", f"file://{path}")
     with Image.open(tmp_path / "r.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
@@ -254,18 +250,16 @@ def test_measured_agreement_stands_beside_the_budget(scores: Scores, tmp_path: P
 @needs_browser
 @pytest.mark.parametrize("width", [420, 1200])
 def test_a_narrow_window_holds_all_of_it(width: int, scores: Scores, tmp_path: Path) -> None:
-    """150 layers with long names, long notes, a table of what pruning did: nothing stands out on the right."""
+    """150 layers with long names, long notes: nothing stands out on the right."""
     names = [f"backbone.stages.{i // 30}.blocks.{i % 30}.depthwise_separable.conv" for i in range(150)]
     totals = {name: torch.rand(64, generator=torch.Generator().manual_seed(i)).double() for i, name in enumerate(names)}
     many = Scores(totals, scores.origin, skipped={f"{names[0]}.head": "its channels meet a parameter of the model's"},
                   notes={"model": "/a/long/path/without/any/space/" * 6, "checkpoint": "0123456789abcdef" * 6})
-    report = fastscore.prune(RESIDUAL.traced(), scores, RESIDUAL.inputs(2), macs=0.5).report
     path, frame = tmp_path / "r.html", tmp_path / "frame.html"
     row = {"budget": 0.7, "macs": 0.7, "params": 0.71, "channels": 0.72, "cut_agreement": 0.9,
            "repaired_agreement": 1.0}
     curve = {"resource": "channels", "decisions": 10, "note": "ranked", "rows": [row] * 4}
-    html_report.write(many, path, pruned=report, curve=curve, command="fastscore prune /a/long/path --scores " +
-                      "x" * 90)
+    html_report.write(many, path, curve=curve, command="fastscore prune /a/long/path --scores " + "x" * 90)
     frame.write_text(f'''<iframe width="{width}" height="800" srcdoc="{html.escape(path.read_text())}"></iframe><script>
         addEventListener("load", () => {{ const page = frames[0].document.documentElement;
         page.querySelectorAll(".stage button").forEach((_, i) => page.querySelectorAll(".stage button")[i].click());
