@@ -15,6 +15,13 @@ def sources(node: Any) -> list[Any]:
     return [] if node.name() == _WITHOUT else [source for source, _ in node.next_functions if source is not None]
 
 
+def parameters_of(node: Any) -> list[Any]:
+    """What a function reads of parameters, as they are or as a Linear's product turns its weight."""
+    straight = (source.next_functions[0][0] if source.name().startswith("TBackward") else source
+                for source, _ in getattr(node, "next_functions", ()) if source is not None)
+    return [source.variable for source in straight if hasattr(source, "variable")]
+
+
 def reach(node: Any, reached: set[Any]) -> None:
     """Add a function, if it is one, and all that it is computed from."""
     work = [] if node is None else [node]

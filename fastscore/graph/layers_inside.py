@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from fastscore.graph.autograd_nodes import parameters_of
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.following.nodes import CHANNELWISE, PRODUCERS
 from fastscore.graph.layer_types import holds_its_product, type_of
@@ -61,14 +62,7 @@ def _reading(function: Any, weight: Any) -> Any:
         if node is None or node in seen:
             continue
         seen.add(node)
-        sources = [source for source, _ in node.next_functions]
-        if any(getattr(before_turned(source), "variable", None) is weight for source in sources):
+        if any(parameter is weight for parameter in parameters_of(node)):
             return node
-        work += sources
+        work += [source for source, _ in node.next_functions]
     return None
-
-
-def before_turned(function: Any) -> Any:
-    """What a Linear's product turns, its weight; any other function as it is."""
-    return function.next_functions[0][0] if function is not None and function.name().startswith("TBackward") \
-        else function

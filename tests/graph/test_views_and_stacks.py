@@ -128,12 +128,23 @@ class Shuffled(Net):
         return self.three(self.two(shuffle(self.one(x).tanh(), self.groups)))
 
 
+class ShuffledForTokens(Net):
+    """A Linear reads what was shuffled, at places that come last: it copies them, and multiplies in two steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.read = nn.Conv2d(8, 12, 1), nn.Linear(12, WIDTH)
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.read(shuffle(self.one(x), 2).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 @pytest.mark.parametrize(("build", "made", "units"), [
     (Kernels, "convs.0", WIDTH), (OfKeptWidth, "convs.0", WIDTH), (OfLastPaths, "convs.0", WIDTH),
     (Joined, "convs.0", WIDTH), (Chunked, "convs.0", WIDTH), (lambda: SplitAttention(1), "conv", WIDTH),
     (lambda: SplitAttention(2), "conv", WIDTH // 2), (lambda: Shuffled(2, 1), "one", 6),
-    (lambda: Shuffled(2, 2), "one", 3)], ids=["view", "kept", "last", "joined", "chunked", "split", "split2", "shuffle",
-                                              "shuffle2"])
+    (lambda: Shuffled(2, 2), "one", 3), (ShuffledForTokens, "one", 6)],
+    ids=["view", "kept", "last", "joined", "chunked", "split", "split2", "shuffle", "shuffle2", "tokens"])
 def test_whole_way(build: Callable[[], Net], made: str, units: int, tmp_path: Path) -> None:
     graph = trace(build().eval(), X.float())
     assert set(graph.skipped) == {"head"}, graph.skipped

@@ -156,20 +156,6 @@ def multiplies(function: Any) -> bool:
     return hasattr(function, "name") and function.name().startswith(_PRODUCTS)
 
 
-def multiplied(node: Any, through: Container[Any]) -> bool:
-    """Whether what a node makes is multiplied by other activations, as matrices, by a node of the types `through` or
-    behind such nodes alone."""
-    work, seen = [node], {node}
-    while work:
-        node = work.pop()
-        more = {onward for onward in node.outputs if onward.type in through} - seen
-        if any(multiplies(onward.grad_fn) for onward in more):
-            return True
-        seen |= more
-        work += more
-    return False
-
-
 def looks_up(function: Any) -> bool:
     """Whether an operation takes rows of a table."""
     return hasattr(function, "name") and function.name().startswith("Embedding")

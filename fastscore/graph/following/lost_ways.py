@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from fastscore.graph import layers_inside
+from fastscore.graph.autograd_nodes import parameters_of
 from fastscore.graph.following import contractions, crossings, index_maps
 from fastscore.graph.following.cuts import LAYERS, shape
 from fastscore.graph.following.nodes import CHANNELWISE, NORM, PRODUCERS, TRANSPARENT, Nodes, reading_dim
@@ -132,10 +132,8 @@ def _uncalled_weight(graph: Nodes, product: Any) -> str | None:
     """The name of the weight, of a layer that is not called, that code multiplies by; None where it does not."""
     if not product.grad_fn.name().startswith(("Mm", "Addmm")):
         return None
-    functions = (layers_inside.before_turned(source) for source, _ in product.grad_fn.next_functions)
-    weights = (function.variable for function in functions if hasattr(function, "variable"))
-    return next((name for weight in weights if weight.dim() > 1 and (name := graph.parameter_name(weight))
-                 and graph.layer_of(name) is None), None)
+    return next((name for weight in parameters_of(product.grad_fn) if weight.dim() > 1
+                 and (name := graph.parameter_name(weight)) and graph.layer_of(name) is None), None)
 
 
 def _made_of(nodes: Collection[Any], product: Any) -> tuple[bool, list[Any]]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch_pruning as tp
 from torch import nn
 
+from fastscore.graph.autograd_nodes import parameters_of
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.following import index_maps
 from fastscore.graph.following.cuts import LAYERS, Cuts, shape
@@ -86,7 +87,7 @@ class Nodes(Cuts, tp.DependencyGraph):  # type: ignore[misc]
             node = divided.pop(onward)
             code = self.calls.view_of(onward.grad_fn)
             part = index_maps.part(self._dims[node], shape(node, onward), shape(onward), code.open, code.kept)
-            if part is not None and not index_maps.multiplied(onward, TRANSPARENT):  # as heads are
+            if part is not None and not (self._is_product(node) or self._is_multiplied(onward)):  # as heads are
                 self._dims.setdefault(onward, part)
             if self._divided(node, onward) is None:
                 onward.type = OPTYPE.CUSTOMIZED  # its channels lie along more than one dimension from here on
@@ -203,6 +204,26 @@ class Nodes(Cuts, tp.DependencyGraph):  # type: ignore[misc]
         dim, before = self._dims[node], shape(node, onward)
         at = self._dims.get(onward)
         return None if at is None or dim >= len(before) else index_maps.divided(dim, before, at, shape(onward))
+
+    def _is_multiplied(self, node: Any) -> bool:
+        """Whether what a node makes is multiplied by other activations, as matrices, with no layer between."""
+        work, seen = [node], {node}
+        while work:
+            more = {onward for onward in work.pop().outputs if onward.type in TRANSPARENT} - seen
+            if any(map(self._is_product, more)):
+                return True
+            more = {onward for onward in more if not self._is_within(onward)}
+            seen |= more
+            work += more
+        return False
+
+    def _is_product(self, node: Any) -> bool:
+        """Whether an operation multiplies matrices, as no part of what a layer does."""
+        return node.type in TRANSPARENT and index_maps.multiplies(node.grad_fn) and not self._is_within(node)
+
+    def _is_within(self, node: Any) -> bool:
+        """Whether an operation is a part of what a layer does, with its weight."""
+        return any(self.layer_of(self.parameter_name(parameter)) for parameter in parameters_of(node.grad_fn))
 
     def _dim_before(self, source: Any, node: Any) -> int | None:
         """The dimension of a node's input that comes to hold its channels; None where none does alone."""

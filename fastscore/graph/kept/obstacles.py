@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fastscore.graph import layers_inside
+from fastscore.graph.autograd_nodes import parameters_of
 from fastscore.graph.following import index_maps
 from fastscore.graph.following.cuts import LAYERS, shape
 from fastscore.graph.following.nested import INTO, comes_out
@@ -30,9 +30,9 @@ def why(graph: Nodes, node: Any, function: Any) -> str | None:
                "torch.jit made, and which cannot lose channels"
     if comes_out(node.grad_fn):
         return INTO
-    for source, _ in getattr(node.grad_fn, "next_functions", ()) if graph._several else ():
-        if (taken := id(getattr(layers_inside.before_turned(source), "variable", None))) in graph._several:
-            return f"its channels come to {graph._several[taken]}{SEVERAL}"
+    for parameter in parameters_of(node.grad_fn) if graph._several else ():
+        if id(parameter) in graph._several:
+            return f"its channels come to {graph._several[id(parameter)]}{SEVERAL}"
     if node.type == OPTYPE.CUSTOMIZED:
         return f"{DIVIDED} ({node.grad_fn.name()})"
     if node.type == OPTYPE.PARAMETER and node in graph._dims:
