@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -12,6 +13,13 @@ def check_batch(batch: Batch, argument: str, counted: bool = False) -> None:
     """Raise TypeError, naming the argument, where a batch holds no tensor [N, ...]; counted: by its first one."""
     check_rows(batch, argument)
     tensors = list(tensors_of(batch))
+    for tensor in tensors[:1]:
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{argument}: a tensor of layout {tensor.layout}, of which rows cannot be taken: give "
+                            "dense ones, .to_dense()")
+        if tensor.is_meta:
+            raise TypeError(f"{argument}: a tensor on the meta device, which holds no values: give one that does, as "
+                            "made within `with torch.device(\"cpu\")`")
     if any(tensor.dim() for tensor in tensors[:1 if counted else None]):
         return
     shown = repr(batch) if len(repr(batch)) < 60 else type(batch).__name__

@@ -54,8 +54,9 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.first_run import check_first_run
 from fastscore.modules.inspection import device_of
 from fastscore.modules.macs.counting import CountedRun
+from fastscore.modules.refused_batches import raised_in
 from fastscore.modules.weights import recurrent
-from fastscore.modules.wrappers import unwrapped, without_checkpoints
+from fastscore.modules.wrappers import check_whole, unwrapped, without_checkpoints
 from fastscore.progress import working
 from fastscore.rng import fork_rng
 
@@ -87,6 +88,7 @@ def trace(model: nn.Module, example_inputs: Batch, forward: Forward = call_model
             sharded, or see fastscore.modules.first_run.
     """
     model = unwrapped(model)
+    check_whole(model)
     check_callable("forward", forward, "forward(model, batch)")
     (check_batch if is_call_model(forward) else check_rows)(example_inputs, "example_inputs")
     searched, known = scored_units.searched(units), cache.get(model, example_inputs, forward, samples)
@@ -242,7 +244,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     except Exception as error:  # the tracer raises whatever its guesses run into
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs (of score: batches)"
         advice = "" if has_run else otherwise(error)
-        raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}{advice}") from error
+        raise ValueError(f"{type(eval_model).__name__}: {blame}: {raised_in(eval_model, error)}{advice}") from error
     graph.calls.note_unseen_readers(recording.calls_of)
     recording.taken = graph.calls.taken
     graph.runs_again(lambda: running.run_between(recording))

@@ -51,7 +51,8 @@ class Decisions:
         for key, how in self._how.items():
             if how not in get_args(Judging):
                 raise ValueError(f"outputs: {how!r} for {key!r} is none of {', '.join(map(repr, get_args(Judging)))}")
-        self._forward, self._chosen = forward, None if outputs is None else list(outputs)
+        self._forward = self.checks = forward
+        self._chosen = None if outputs is None else list(outputs)
         self.errors: set[str] = set()
         self._widths: dict[str, list[int]] | None = None  # of the parts of each output, known after the first call
         self._ends: dict[str, str] = {}  # output -> the function that leaves no logits and made it; empty elsewhere

@@ -8,7 +8,7 @@ from os import PathLike
 from typing import Any, Literal
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastscore.arguments import check_callable, check_number, check_whole
@@ -107,9 +107,8 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
                            first_only=forward is call_model, digests=resume is not None)
     with fork_rng(device_of(inner)), torch.inference_mode(False), torch.enable_grad(), _in_training(network):
         dense = evaluation_copy(unwrapped(model), plain=False)
-        whole = checked_forward(forward)
         judging = Decisions(forward, outputs) if loss is None else None
-        call = judging or (lambda network, batch: without_padding({"": whole(network, batch)}, batch))
+        call = judging or _whole(forward)
         run = DistillationRun(dense, network, Objective(loss, temperature, FeatureMaps(dense, inner, features, removed),
                                               feature_weight, judging), call, data, group, precision,
                    make_optimizer(inner.parameters(), optimizer, lr), seed, clip)
@@ -122,6 +121,17 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
             run.keep_in(resume, same)
         with shown(progress and rank == 0), bar("distilling", " steps", steps, run.step) as told:
             return run.to(steps, looks, patience, warmup, told)
+
+
+def _whole(forward: Forward) -> Callable[[nn.Module, Batch], Mapping[str, Tensor]]:
+    """All outputs as one, of tokens those that are no padding."""
+    whole = checked_forward(forward)
+
+    def call(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        return without_padding({"": whole(network, batch)}, batch)
+
+    call.checks = forward  # type: ignore[attr-defined]
+    return call
 
 
 @contextmanager

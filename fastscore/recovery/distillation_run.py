@@ -16,6 +16,7 @@ from fastscore.arguments import in_users_code
 from fastscore.batches.devices import rank_and_size
 from fastscore.batches.parts import Batch
 from fastscore.modules.inspection import device_of
+from fastscore.modules.refused_batches import naming_argument
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import Bar
 from fastscore.recovery.decisions import Decisions
@@ -177,7 +178,7 @@ class DistillationRun:
         """One step; the loss."""
         torch.manual_seed(self._seed + _STRIDE * (self.step * self._size + self._rank + 1))
         with self.objective.maps, self._autocast():
-            got, expected = self._outputs(self._network.train(), batch)
+            got, expected = self._outputs(self._network.train(), batch, "batches")
             loss = self.objective(got, expected)
             if self.objective.maps.layers:
                 loss = loss + self.objective.feature_weight * self.objective.maps.distance()
@@ -192,13 +193,16 @@ class DistillationRun:
         self._scaler.update()
         return loss.detach()
 
-    def _outputs(self, smaller: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the smaller and the dense network return, by name; of tokens, those that are no padding."""
+    def _outputs(self, smaller: nn.Module, batch: Batch, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the smaller and the dense network return, by name; of tokens, those that are no padding. name: of the
+        argument that the batch is of."""
         with torch.no_grad():
-            expected = {name: output.to(self._device) for name, output in
-                        self._call(self._dense, on_device(batch, device_of(self._dense))).items()}
+            batch = on_device(batch, device_of(self._dense))
+            with naming_argument(f"{name}: the model cannot take its batches", self._dense, self._call, batch):
+                expected = {name: output.to(self._device) for name, output in self._call(self._dense, batch).items()}
         batch = on_device(batch, self._device)
-        got = dict(self._call(smaller, batch))
+        with naming_argument("smaller: it cannot take what the dense network takes", smaller, self._call, batch):
+            got = dict(self._call(smaller, batch))
         shapes = [{name: list(output.shape) for name, output in outputs.items()} for outputs in (got, expected)]
         if shapes[0] != shapes[1]:
             returned = [each[""] if each.keys() == {""} else each for each in shapes]
@@ -241,7 +245,7 @@ class DistillationRun:
     @torch.no_grad()
     def _judge(self, loss: float) -> Look:
         self._smaller.eval()
-        pairs = (self._outputs(self._smaller, batch) for batch in self._judges)
+        pairs = (self._outputs(self._smaller, batch, self._data.judges_name) for batch in self._judges)
         if self.objective.own is None:
             got, expected = itertools.tee(pairs)
             found = divergence((pair[1] for pair in expected), (pair[0] for pair in got), self._group,

@@ -15,6 +15,7 @@ from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import evaluating
+from fastscore.modules.refused_batches import naming_argument
 from fastscore.modules.wrappers import unwrapped
 from fastscore.recovery.calibration import share_of
 from fastscore.rng import fork_rng
@@ -68,7 +69,8 @@ def recalibrate_on(model: nn.Module, batches: Iterable[Batch], forward: Forward,
         for batch in batches:
             before = _statistics(norms) if leave_out_single else {}
             try:
-                forward(model, batch)
+                with naming_argument("batches: the model cannot take its batches", model, forward, batch):
+                    forward(model, batch)
             except ValueError as error:
                 if not leave_out_single or _SINGLE not in str(error):
                     raise

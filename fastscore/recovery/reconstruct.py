@@ -29,13 +29,14 @@ from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
 from fastscore.modules.inspection import device_of, held_by_others
 from fastscore.modules.modes import evaluating
+from fastscore.modules.refused_batches import naming_argument
 from fastscore.modules.weights import called_layers, own_products
 from fastscore.modules.weights.computed_weights import computed_weight, why_it_computes_on
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import has_no_place, mean_contributions, weight_alone
-from fastscore.recovery.decisions import Decisions, JudgedOutputs, UnknownOutputError
+from fastscore.recovery.decisions import Decisions, JudgedOutputs
 from fastscore.recovery.divergence import Divergence, divergence, figures, of_one_kind
 from fastscore.recovery.front_to_back import refit, sites
 from fastscore.recovery.held_out import check_batches
@@ -170,7 +171,7 @@ class _Bench:
         self._model, self._result, self._calibration = model, result, calibration
         self._forward, self._run, self._group = forward, Decisions(forward, outputs), process_group
         self._example = calibration.first()
-        try:
+        with naming_argument(f"{seen.name}: the model cannot take its batches", model, forward, self._example):
             with torch.enable_grad():
                 graph = trace(model, self._example, forward)
             self._eval_model = evaluation_copy(model)
@@ -184,11 +185,6 @@ class _Bench:
             with InputMoments(self._eval_model, index) as inputs:
                 inputs.start(self._example)
                 self._run(self._eval_model, self._example)
-        except UnknownOutputError:
-            raise
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise ValueError(f"{seen.name}: the model cannot take its batches ({error}); give what the model takes, or "
-                             "forward=") from error
         self._kept_biases = set(graph.kept_biases)
         self._layouts = {name: index[name] for name in inputs.calls}
         self._sites = sites(self._eval_model, self._example, forward, result.removed_indices, graph.normalized_by)

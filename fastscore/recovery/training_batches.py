@@ -57,11 +57,16 @@ class TrainingBatches:
         self._rank, self._size, self._first_only, self._digests = rank, size, first_only, digests
         self._one_of = HELD_OUT
 
+    @property
+    def judges_name(self) -> str:
+        """The argument that the batches to judge by are of."""
+        return "batches" if self._held_out is None else "held_out"
+
     def judges(self) -> Iterable[Batch]:
         """The batches to judge by, of this process. Raises ValueError where there are too few samples to hold some
         out."""
         if self._held_out is not None:
-            return _Share(self._held_out, self._rank, self._size, partial(self._without_labels, name="held_out"))
+            return _Share(self._held_out, self._rank, self._size, partial(self._without_labels, name=self.judges_name))
         read = 0
         for self._one_of in (HELD_OUT, *OF_FEW):
             found, read = self._judging()

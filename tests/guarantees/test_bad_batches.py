@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from networks import NETWORKS
+from oracles import untouched
 from refusals import RESIDUAL, X, refused, score, scored, trained
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
@@ -210,3 +211,26 @@ def test_a_batch_without_a_row_for_each_sample(take: str, first: bool) -> None:
                                (numpy.ones((9, 9)), "ndarray", "torch.from_numpy makes one")):
         refused(TypeError, f"^{name}: {shown}, where a batch is meant.*{advice}", model,
                 lambda bad=bad: TAKE_BATCHES[take](model, [bad] if first else [X, bad]))
+
+
+MANY = RESIDUAL.inputs(24)
+MISFITS: dict[str, tuple[Any, str]] = {
+    "channels": (MANY[:, :1], r"of torch.float64 \[\d+, 1, .*stem.0 \(Conv2d\): .*to have 3 channels.*; give what"),
+    "labels": (torch.arange(24), r"of torch.int64 \[\d+\]: .*stem.0 \(Conv2d\): .*; give what the model takes"),
+    "numbers": (MANY.float(), r"The batch holds torch.float32, and the weights are torch.float64$"),
+    "keywords": ({"x": MANY, "labels": torch.arange(24)}, r"It was called with the keywords x, labels: where it takes"),
+    "sparse": (MANY.to_sparse(), r"layout torch.sparse_coo.*\.to_dense\(\)"),
+    "meta": (MANY.to("meta"), r"meta device, which holds no values")}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+@pytest.mark.parametrize("take", TAKE_BATCHES)
+def test_a_batch_that_the_model_cannot_run_on(take: str, misfit: str) -> None:
+    """The argument, the layer and the way out are named, whoever runs the model."""
+    bad, said = MISFITS[misfit]
+    name = "held_out" if "held_out" in take else "calibration" if take == "prune" else "batches"
+    if take in ("score", "prune_iteratively", "compare"):  # which trace it first
+        said = r"stem.0 \(Conv2d\): RuntimeError" if misfit in ("channels", "labels") else said
+    model = trained()
+    with untouched(model), pytest.raises((ValueError, TypeError), match=rf"{name}\b.*: .*{said}"):
+        TAKE_BATCHES[take](model, [bad, bad])

@@ -11,6 +11,7 @@ most, for samples drawn as the held-out ones were.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TypeAlias
@@ -23,6 +24,7 @@ from fastscore.batches.calls import Forward
 from fastscore.batches.parts import Batch, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
+from fastscore.modules.refused_batches import naming_argument
 from fastscore.progress import bar
 from fastscore.pruning.budgets.costs import Costs
 from fastscore.pruning.budgets.finer_steps import in_place_of_last
@@ -154,7 +156,8 @@ Way: TypeAlias = tuple[MacsLeft, Callable[[int], PruneResult]]
 
 class Judge:
     """Compares smaller networks with the dense one, in evaluation mode, whose outputs are kept, on batches in a fixed
-    order. Raises ValueError where those have no sample, FloatingPointError for outputs that are not finite."""
+    order. Raises ValueError where those have no sample, or the dense network
+    cannot run on one, FloatingPointError for outputs that are not finite."""
 
     def __init__(self, dense: nn.Module, batches: Iterable[Batch], forward: Forward,
                  outputs: JudgedOutputs = None) -> None:
@@ -164,7 +167,8 @@ class Judge:
         if not self.samples:
             raise ValueError(f"held_out: there is no sample to judge by; give more batches (one of {HELD_OUT} samples "
                              "judges), or held_out= batches")
-        self._outputs = [{name: each.cpu() for name, each in outputs.items()} for outputs in self._of(dense)]
+        said = f"{getattr(batches, 'name', '') or 'held_out'}: the model cannot take its batches"
+        self._outputs = [{name: each.cpu() for name, each in outputs.items()} for outputs in self._of(dense, said)]
         divergence(self._outputs, self._outputs, errors=self.judging.errors)  # before hours of work, not after
 
     def __call__(self, model: nn.Module) -> Divergence:
@@ -177,10 +181,14 @@ class Judge:
         """What was taken for decisions, and what is to be known of them."""
         return str(self.judging) + (self._found.one_sided if self._found else "")
 
-    def _of(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
+    def _of(self, network: nn.Module, said: str = "") -> Iterator[dict[str, Tensor]]:
+        """said: how errors of its code begin; they come through as they are where that is empty."""
         with torch.no_grad():
             for batch in self._batches:
-                yield self.judging(network, map_tensors(lambda tensor: tensor.to(self._device), batch))
+                batch = map_tensors(lambda tensor: tensor.to(self._device), batch)
+                with naming_argument(said, network, self.judging, batch) if said else nullcontext():
+                    found = self.judging(network, batch)
+                yield found
 
 
 def choose_steps(macs: MacsLeft, quality: Quality, find: Callable[[int], Divergence],

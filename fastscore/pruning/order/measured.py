@@ -27,6 +27,7 @@ from fastscore.batches.parts import Batch
 from fastscore.graph.cutting.surgery import removed_indices
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.modules.inspection import device_of
+from fastscore.modules.refused_batches import naming_argument
 from fastscore.progress import bar
 from fastscore.pruning.options import Scope
 from fastscore.pruning.order import redundancy
@@ -92,14 +93,12 @@ class Measured:
             names = [name for name in removed_positions(tuple(graph.groups), every)
                      if not has_no_place(model, name, graph.kept_biases)]
             index = layouts(eval_model, graph.groups, names)
-            try:
-                with InputMoments(eval_model, index) as self._inputs:
-                    for batch in calibration.part("fit"):
-                        self._inputs.start(batch)
+            with InputMoments(eval_model, index) as self._inputs:
+                for batch in calibration.part("fit"):
+                    self._inputs.start(batch)
+                    with naming_argument(f"{batches.name}: the model cannot take its batches", eval_model, forward,
+                                         batch):
                         forward(eval_model, batch)
-            except RuntimeError as error:
-                raise ValueError(f"{batches.name}: the model cannot take its batches ({error}); give what the model "
-                                 "takes, or forward=") from error
             self._inputs.finish(process_group)
             self._read = {name: moments for name, moments in self._inputs.moments.items() if moments.count}
             batches.moments["fit"].update(self._read)  # the same in every process, whatever batches it had
