@@ -29,13 +29,14 @@ _WIDTHS: Mapping[str, tuple[str, ...]] = {
     "moe_intermediate_size": ("*.experts",), "shared_expert_intermediate_size": ("*.shared_expert.up_proj",),
     "ffn_hidden_size": ("*.dense_h_to_4h",),
     "intermediate_size": ("*.up_proj", "*.gate_up_proj", "*.fc1", "*.intermediate.dense", "*.dense_h_to_4h", "*.c_fc",
-                          "*.experts"),
+                          "*.intermediate_dense", "*.experts"),
+    "conv_dim": ("*feature_extractor.conv_layers.*.conv",), "num_attention_heads_per_layer": ("*.q_proj",),
     "num_attention_heads": ("*.q_proj", "*.self.query", "*.attention.query", "*Attention.q"),
     "num_key_value_heads": ("*.k_proj",),
 }
 _EPS = ("rms_norm_eps", "layer_norm_epsilon")
 _EXPERTS = ("num_experts", "num_local_experts")
-_PER_HEAD = ("num_attention_heads", "num_key_value_heads")
+_PER_HEAD = ("num_attention_heads_per_layer", "num_attention_heads", "num_key_value_heads")
 _TWICE = "gate_up_proj"  # a layer that makes gates, too
 _QUERIES, _SCALE = ("q_proj", "query"), "scaling"  # what makes queries, and what an attention multiplies products by
 _BIASES = ("attention_bias", "mlp_bias")  # what a config calls them, where they are optional
@@ -48,10 +49,10 @@ class _DenseNormError(Exception):
 def save_pretrained(pruned: nn.Module | PruneResult, folder: str | PathLike[str]) -> PreTrainedModel:
     """Write a pruned model of transformers as transformers does, with a config.json that tells its widths.
 
-    A config has one number for all blocks, and seldom a word for biases. So prune with scope="layer", which takes the
-    same share of every block; and, where layers have no bias (Llama), with compensate=False and without calibration=,
-    as what channels gave on average, and what repairs, goes into biases. Models whose layers have biases (ViT) may be
-    compensated and repaired.
+    Most configs have one number for all blocks, and seldom a word for biases. So prune with scope="layer", which takes
+    the same share of every block, unless it lists a width for each (Gemma 3n's MLPs); and, where layers have no bias
+    (Llama), with compensate=False and without calibration=, as what channels gave on average, and what repairs, goes
+    into biases. Models whose layers have biases (ViT) may be compensated and repaired.
 
     An RMSNorm that divides by the dense width becomes one that does not: its weight grows by the root of the widths'
     ratio, and the config's eps by the ratio. So do queries of narrower heads, which were scaled by the dense width.
@@ -145,13 +146,26 @@ def _ways(model: PreTrainedModel, plain: PreTrainedModel, first: str = "", wide:
     layer = _pattern(first.removesuffix(".weight").removesuffix(".bias"))
     stay = [layer, *stay] if first and wide and not {_pattern(first), layer} & {*stay} else stay
     stay = [pattern for pattern in dict.fromkeys(stay) if len(alike.get(pattern, ())) < 2]
-    if not first and (embedded := _embeddings(model)[0]):
-        stay.insert(0, f"{embedded}*")
+    if not first:
+        embedded = _embeddings(model)[0]
+        stay[:0] = [f"{embedded}*"] if embedded else _normalized(model, own, dense)
     if dense and not any(own[name] != dense.get(name, own[name]) and _pattern(name) not in stay for name in own
                          if name not in on_stream):
         return f"{type(model.config).__name__} has words for nothing that went: {_WAY_OUT}"
-    ignored = " and, beside what is there, ignore=[" + ", ".join(f'"{each}"' for each in stay) + "]" if stay else ""
+    named = ", ".join(f'"{each}"' for each in dict.fromkeys(stay))
+    ignored = f" and, beside what is there, ignore=[{named}]" if stay else ""
     return f'prune with scope="layer", compensate=False (and no calibration=){ignored}, or {_WAY_OUT}'
+
+
+def _normalized(model: PreTrainedModel, own: Mapping[str, int], dense: Mapping[str, int]) -> list[str]:
+    """The layers that have lost as many outputs as a norm has that no config can say."""
+    norms = {(norm.width, norm.width + norm.lost) for norm in model.modules()
+             if isinstance(norm, NarrowedNorm) and norm.width is not None}
+    made: dict[str, list[str]] = {}
+    for name in own:
+        if (own[name], dense.get(name)) in norms:
+            made.setdefault(_pattern(name), []).append(name)
+    return [names[0] if len(names) == 1 else pattern for pattern, names in made.items()]
 
 
 def _pattern(name: str) -> str:
@@ -176,23 +190,24 @@ def _hidden(model: PreTrainedModel) -> int | None:
 def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
     """What the config is to say, as far as layers tell; `state` gets the weights of ordinary norms."""
     config = model.config
-    _, embeddings = _embeddings(model)
     hidden, count = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
-    if embeddings is None or not isinstance(hidden, int) or not isinstance(count, int):
+    if not isinstance(hidden, int) or not isinstance(count, int):
         return  # a width for each stage, or configs of parts: what it says stays, and shapes tell whether it fits
     if turned := next((name for name, module in model.named_modules() if handed.reads_part(module)), ""):
         raise ValueError(f"pruned: {turned} has lost pairs of dimensions that rotary tables turn, and a config tells "
                          f"how many there are, not which: prune whole heads (units=\"groups\"), or {_WAY_OUT}")
     width = next((own for module in model.modules() if (own := heads.width(module)) and heads.count(module)),
                  getattr(config, "head_dim", None) or hidden // count)
-    hidden = _hidden(model)
+    hidden = _hidden(model) or hidden  # where what is embedded is no token and no patch, it stays
     yield "hidden_size", hidden
     left = dict(_widths(model))
     for setting, patterns in _WIDTHS.items():
         names = [name for name in left if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
         if names and hasattr(config, setting):
             found = [left.pop(name) for name in names]
-            yield setting, found[0] // (width if setting in _PER_HEAD else 2 if names[0].endswith(_TWICE) else 1)
+            counted = width if setting in _PER_HEAD else 2 if names[0].endswith(_TWICE) else 1
+            each, said = [wide // counted for wide in found], getattr(config, setting)
+            yield setting, type(said)(each) if isinstance(said, list | tuple) and len(said) == len(each) else each[0]
             if setting == "num_attention_heads" and (hasattr(config, "head_dim") or found[0] != hidden):
                 yield "head_dim", width  # without it, some divide the hidden size by the number of heads
     experts = next((len(module.down_proj) for module in model.modules() if holds_experts(module)), None)
@@ -222,9 +237,12 @@ def _same_width(model: PreTrainedModel) -> str:
 
 
 def _widths(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """(a linear layer, how many outputs it has), and (the experts of a mixture, how wide each is inside)."""
+    """(a linear layer, or a convolution of sounds, how many outputs it has), and (the experts of a mixture, how wide
+    each is inside)."""
     for name, module in model.named_modules():
-        if is_linear(module):
+        if isinstance(module, nn.Conv1d):
+            yield name, module.out_channels
+        elif is_linear(module):
             yield name, module.out_features if isinstance(module, nn.Linear) else widths(module)[1]
         elif holds_experts(module):
             yield name, module.down_proj.shape[-1]
@@ -288,14 +306,16 @@ def _check_same(model: PreTrainedModel, plain: PreTrainedModel) -> None:
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two small images for a model of images, two spectrograms for one of speech, for another what transformers holds
-    ready."""
+    """Two small images for a model of images, two spectrograms or sounds for one of speech, for another what
+    transformers holds ready."""
     config = model.config
     drawn = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
         size = getattr(config, "image_size", None) or 64
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn(2, config.num_channels, height, width, generator=drawn).to(model.dtype)}
+    if model.main_input_name == "input_values" and (step := getattr(config, "inputs_to_logits_ratio", 0)):
+        return {"input_values": torch.randn(2, 20 * step, generator=drawn).to(model.dtype)}
     if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
         spectrogram = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=drawn)
         return {"input_features": spectrogram.to(model.dtype),
