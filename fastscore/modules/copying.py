@@ -4,6 +4,7 @@ numbers."""
 import copy
 import copyreg
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,20 @@ _OF_EVERY_MODULE = set(vars(nn.Module()))
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """What a module has beside what every module has: settings, mostly."""
     return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
+def is_setting(value: object) -> bool:
+    """Whether a value is a number, a word, a type or nothing, or a tuple or list of such: what can be compared."""
+    return isinstance(value, bool | int | float | str | type | torch.dtype | None) or (
+        isinstance(value, tuple | list) and all(map(is_setting, value)))
+
+
+def counterparts(noted: Mapping[nn.Module, Any] | Set[nn.Module], model: nn.Module, copy: nn.Module
+                 ) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(module, the same of `copy`) of those of `model` that are noted."""
+    for name, module in list(model.named_modules()) if noted else ():
+        if module in noted:
+            yield module, copy.get_submodule(name)
 
 
 def deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

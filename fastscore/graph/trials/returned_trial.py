@@ -23,7 +23,7 @@ from fastscore.graph.trials.halving import first_failing
 from fastscore.graph.trials.row_gradients import likely_numbers
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules import frames
-from fastscore.modules.copying import own_attributes
+from fastscore.modules.copying import is_setting, own_attributes
 from fastscore.modules.inspection import LAYERS, hooked
 from fastscore.modules.modes import evaluating
 from fastscore.modules.weights.experts import ExpertLinear
@@ -85,12 +85,7 @@ def _runs_alike(model: nn.Module, eval_model: nn.Module) -> bool:
 def _settings(module: nn.Module) -> dict[str, Any] | None:
     """What a module's code may go by, beside tensors and modules; None where that cannot be compared."""
     held = own_attributes(module)
-    return held if all(map(_is_plain, held.values())) else None
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, bool | int | float | str | type | None) or (
-        isinstance(value, tuple | list) and all(map(_is_plain, value)))
+    return held if all(map(is_setting, held.values())) else None
 
 
 def _fault(model: nn.Module, groups: Sequence[ChannelGroup], run: Run, when: str, made: list[nn.Module] | None = None

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from fastscore.modules import frames
+from fastscore.modules.copying import counterparts
 from fastscore.modules.forwards import Forward, ForwardWithin, InThePlaceOfForwards
 from fastscore.modules.handles import Handle
 from fastscore.modules.hooks import has_users_hooks
@@ -96,18 +97,16 @@ def replace(model: nn.Module, noted: nn.Module) -> Iterator[Handle]:
             if has_users_hooks(module.get_submodule(name)):
                 raise ValueError(f"{name}: a hook has been set on it, which the code of {type(module).__name__} does "
                                  f"not run, as it does not call it: remove the hook, or write {name}(x) there")
-    for name, module in list(noted.named_modules()) if NOTED else ():
-        if module in NOTED:
-            calls = _CallsLayers.put(model.get_submodule(name))
-            calls.uses = NOTED[module]
-            yield calls
+    for module, own in counterparts(NOTED, noted, model):
+        calls = _CallsLayers.put(own)
+        calls.uses = NOTED[module]
+        yield calls
 
 
 def remember_in(model: nn.Module, copy: nn.Module) -> None:
     """Remember of the modules of another model, which is like `model`, what was noted of those."""
-    for name, module in model.named_modules() if NOTED else ():
-        if module in NOTED:
-            NOTED[copy.get_submodule(name)] = NOTED[module]
+    for module, own in counterparts(NOTED, model, copy):
+        NOTED[own] = NOTED[module]
 
 
 def without_bias(model: nn.Module) -> set[str]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastscore.modules.copying import counterparts, is_setting
 from fastscore.modules.weights import reparametrized
 from fastscore.modules.weights.own_layers import become_layer, own_layer, weight_of
 
@@ -93,14 +94,9 @@ def _built(layer: nn.Module) -> Any:
     that cannot be said."""
     settings = {name: value for name, value in vars(layer).items() if name not in ("_parameters", "training")}
     held = tuple((name, None if x is None else (x.shape, x.dtype, x.device)) for name, x in layer._parameters.items())
-    if any(not _is_plain(value) for value in settings.values()):
+    if any(not (is_setting(value) or (isinstance(value, dict | set) and not value)) for value in settings.values()):
         return None
     return type(layer).forward, held, repr(sorted(settings.items()))
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float | str) or (
-        isinstance(value, tuple | list) and all(map(_is_plain, value))) or (isinstance(value, dict | set) and not value)
 
 
 def become_plain(layer: nn.Module, weight: Tensor, keep: bool = False) -> None:
@@ -144,16 +140,14 @@ def why_it_computes_on(layer: nn.Module) -> str | None:
 
 def mark_copies(model: nn.Module, copy: nn.Module) -> None:
     """Write to the layers of an evaluation copy what compute_on() was told of the model's."""
-    for name, module in model.named_modules() if _compute_on else ():
-        if module in _compute_on:
-            vars(copy.get_submodule(name))[_COMPUTES_ON] = _compute_on[module]
+    for layer, own in counterparts(_compute_on, model, copy):
+        vars(own)[_COMPUTES_ON] = _compute_on[layer]
 
 
 def compute_on_in(model: nn.Module, copy: nn.Module) -> None:
     """Remember of the layers of another model, which is like `model`, what compute_on() was told of those."""
-    for name, module in model.named_modules() if _compute_on else ():
-        if module in _compute_on:
-            compute_on(copy.get_submodule(name), _compute_on[module])
+    for layer, own in counterparts(_compute_on, model, copy):
+        compute_on(own, _compute_on[layer])
 
 
 def was_computed(layer: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.modules import frames
+from fastscore.modules.copying import counterparts
 from fastscore.modules.forwards import ForwardWithin
 from fastscore.modules.handles import Handle
 
@@ -80,6 +81,5 @@ class _Normalizes(ForwardWithin):
 def replace(model: nn.Module, noted: nn.Module) -> Iterator[Handle]:
     """Have modules whose code was noted normalise by operations, a handle for each. noted: the model that `model` is a
     copy of."""
-    for name, module in list(noted.named_modules()) if NOTED else ():
-        if module in NOTED:
-            yield _Normalizes.put(model.get_submodule(name))
+    for _, own in counterparts(NOTED, noted, model):
+        yield _Normalizes.put(own)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.modules import frames
+from fastscore.modules.copying import counterparts
 from fastscore.modules.forwards import ForwardWithin
 from fastscore.modules.handles import Handle
 from fastscore.modules.inspection import hooked
@@ -202,13 +203,12 @@ def replace(model: nn.Module, noted: nn.Module, called: Collection[str] | None =
     noted: the model itself, or the one that it is a copy of. called: names of layers; only modules that multiply by one
     of them are changed. None: all.
     """
-    for name, module in list(noted.named_modules()) if noted is not model and COMPUTED else ():
-        if module in COMPUTED:
-            COMPUTED[model.get_submodule(name)] = COMPUTED[module]
+    for module, own in counterparts(COMPUTED, noted, model) if noted is not model else ():
+        COMPUTED[own] = COMPUTED[module]
     for name, module in list(noted.named_modules()) if NOTED else ():
-        own = NOTED.get(module, ())
-        if own and (called is None or any(f"{name}.{each.layer}".lstrip(".") in called for each in own)):
-            yield ProductsAsLayers(model.get_submodule(name), own)
+        products = NOTED.get(module, ())
+        if products and (called is None or any(f"{name}.{each.layer}".lstrip(".") in called for each in products)):
+            yield ProductsAsLayers(model.get_submodule(name), products)
 
 
 def note(module: nn.Module, products: tuple[OwnProduct, ...]) -> None:
@@ -231,9 +231,8 @@ def forget(module: nn.Module) -> None:
 
 def remember_in(model: nn.Module, copy: nn.Module) -> None:
     """Remember of the modules of another model, which is like `model`, what was noted of those."""
-    for name, module in model.named_modules() if NOTED else ():
-        if module in NOTED:
-            note(copy.get_submodule(name), NOTED[module])
+    for module, own in counterparts(NOTED, model, copy):
+        note(own, NOTED[module])
 
 
 def held(module: nn.Module, key: str) -> OwnProduct | None:
