@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_layouts import EMBED, HEADS, TOKENS
+from attention_layouts import EMBED, HEADS, TOKENS, tokens
 from own_attentions import Network
 from torch import Tensor, nn
 from whole_way import check, noisy
@@ -117,20 +117,16 @@ class Images(nn.Module):
         return self.pool(self.embed(x).relu())
 
 
-def _x() -> Tensor:
-    return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
-
-
 @pytest.mark.parametrize("attention", [Apart, WithoutBias])
 def test_heads_go(attention: type[nn.Module], tmp_path: Path) -> None:
     """Everything from data to a file, by brute force."""
-    small = check(lambda: Network(attention), _x(), ["attn.q_proj", "mlp.0"], tmp_path, only=False).model
+    small = check(lambda: Network(attention), tokens(), ["attn.q_proj", "mlp.0"], tmp_path, only=False).model
     assert small.attn.num_heads == HEADS // 2
     assert small.attn.q_proj.out_features == small.attn.out_proj.in_features == EMBED // 2
 
 
 def test_heads_and_the_stream_of_a_pooling_go(tmp_path: Path) -> None:
-    small = check(Images, _x(), ["embed", "pool.k_proj"], tmp_path).model
+    small = check(Images, tokens(), ["embed", "pool.k_proj"], tmp_path).model
     assert small.pool.num_heads == HEADS // 2
     assert small.pool.k_proj.in_features == EMBED // 2
     assert type(copy.deepcopy(small.pool)) is type(pickle.loads(pickle.dumps(small.pool))) is type(small.pool)
@@ -184,7 +180,7 @@ def test_one_sequence_without_a_batch() -> None:
 @pytest.mark.parametrize("attention", [Swapped, Halved])
 def test_other_weights_than_those_of_layers_stay(attention: type[nn.Module]) -> None:
     model = noisy(lambda: Network(attention))
-    graph = trace(model, _x())
+    graph = trace(model, tokens())
     assert [group.name for group in graph.groups] == ["mlp.0"]
     assert "attn.q_proj" in " ".join(graph.skipped.values())
 
@@ -193,6 +189,6 @@ def test_a_layer_with_a_hook_of_the_users_is_not_called() -> None:
     """It did not run before, so that nothing that it does may show."""
     model, seen = noisy(lambda: Network(Apart)), list[nn.Module]()
     model.attn.v_proj.register_forward_hook(lambda layer, *_: seen.append(layer))
-    scores = fastscore.score(model, [_x()], progress=False)
+    scores = fastscore.score(model, [tokens()], progress=False)
     assert "attn.q_proj" not in scores
     assert not seen

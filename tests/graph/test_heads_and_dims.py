@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from head_dims import SIZES, Attend, Oracle, call, inputs, model_of, network, run
-from oracles import untouched
+from oracles import params, untouched
 from torch import Tensor, nn
 
 import fastscore
@@ -36,10 +36,6 @@ def _score(model: nn.Module, batch: Any, units: Any) -> fastscore.Scores:
     return fastscore.score(model, [batch], units=units, probes="exact", normalize=False, forward=run, progress=False)
 
 
-def _params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 @pytest.mark.parametrize("name", ["turned", *(["timm", "apart", "by head", "Llama", "GPT-NeoX"] if NIGHTLY else [])])
 def test_in_one_budget(name: str, tmp_path: Path) -> None:
     """Scores are those of each kind alone; smaller is masked; budgets count what is there; files give it back."""
@@ -51,8 +47,8 @@ def test_in_one_budget(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(scores[own], want, rtol=1e-5, atol=1e-6 * float(want.max()))
     others = [other for other in scores if not other.startswith(group) and not other.endswith(WHOLE)]
     # so that both go: of heads the first, and of dimensions about half, of which neither is enough
-    budget = 1 - (0.5 + 0.25 / oracle.shared) * sum(_params(model.get_submodule(layer.removesuffix(".weight")))
-                           for layer in {*oracle.weights}) / _params(model)
+    budget = 1 - (0.5 + 0.25 / oracle.shared) * sum(params(model.get_submodule(layer.removesuffix(".weight")))
+                           for layer in {*oracle.weights}) / params(model)
     heads = torch.arange(len(scores[group + WHOLE])) // (len(scores[group + WHOLE]) // oracle.shared)
     totals = {group: torch.rand(len(scores[group]), dtype=torch.float64) + oracle.units * 1e-3,
               group + WHOLE: torch.where(heads == 0, 1e-3, 1e3).double()}
@@ -61,7 +57,7 @@ def test_in_one_budget(name: str, tmp_path: Path) -> None:
         result = fastscore.prune(model, chosen, batch, params=budget, ignore=others, cost_aware=False, compensate=False,
                                  forward=run, progress=False)
     assert {*result.removed} == {group, group + WHOLE}
-    assert _params(result.model) == result.report.params[1] <= budget * _params(model)
+    assert params(result.model) == result.report.params[1] <= budget * params(model)
     assert total_macs(result.model, batch, run) == result.report.macs[1] < result.report.macs[0]
     gone, lost = result.removed[group], result.removed[group + WHOLE]
     assert set((heads == 0).nonzero()[:, 0].tolist()) < set(lost.tolist())  # and columns of dimensions that went
@@ -118,7 +114,7 @@ def test_costs_are_those_of_what_is_there(name: str) -> None:
         removed = {each.name: torch.tensor(sorted(at for number in gone if steps[number][0] == each.name
                                                   for at in steps[number][1]), dtype=torch.int64) for each in groups}
         if _even(removed[dims.name], oracle.width):
-            assert costs.totals["params"] == _params(remove_channels(evaluation_copy(model), groups, removed))
+            assert costs.totals["params"] == params(remove_channels(evaluation_copy(model), groups, removed))
         rows = {weight: set(range(len(model.get_parameter(weight)))) for weight in oracle.weights[:3]}
         places = {part: oracle.places(part)[oracle.weights[part]] for part in range(4)}
         heads_gone = {at // oracle.width for at in removed[whole.name].tolist()}

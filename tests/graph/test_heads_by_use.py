@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_layouts import HEADS, TOKENS, Apart, Filled, OneProjection, Rotary, Thin, Woven
+from attention_layouts import HEADS, Apart, Filled, OneProjection, Rotary, Thin, Woven, tokens
 from own_attentions import (
     KINDS,
     Across,
@@ -33,23 +33,19 @@ import fastscore
 from fastscore.graph.tracing import trace
 
 
-def _x() -> Tensor:
-    return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
-
-
 @pytest.mark.parametrize("attention", [OneProjection, Rotary, Sinks, HeadGate, Slopes, Retention, Normed, Memory,
                                        Across, TableBias, RowBias, NetBias, Talking, TalkingOnce, Woven, Thin,
                                        Convolved])
 def test_heads_go(attention: type[nn.Module], tmp_path: Path) -> None:
     """Everything from data to a file, by brute force."""
     others = {Memory: ["attn.context"], Talking: ["attn.before"]}.get(attention, [])
-    check(lambda: Network(attention), _x(), ["embed", f"attn.{KINDS[attention]}", "mlp.0", *others], tmp_path,
+    check(lambda: Network(attention), tokens(), ["embed", f"attn.{KINDS[attention]}", "mlp.0", *others], tmp_path,
           only=attention is not NetBias)  # of which no gradient tells samples apart
 
 
 @pytest.mark.parametrize("attention", list(KINDS))
 def test_a_unit_is_a_head(attention: type[nn.Module]) -> None:
-    graph = trace(noisy(lambda: Network(attention)), _x())
+    graph = trace(noisy(lambda: Network(attention)), tokens())
     (group,) = (group for group in graph.groups if any(group.role("heads")))
     units = HEADS // 2 if attention in (Rotary, SharedSinks) else HEADS
     assert group.unit.tolist() == [c % HEADS if attention in (Across, Woven) else c * units // group.channels
@@ -58,7 +54,7 @@ def test_a_unit_is_a_head(attention: type[nn.Module]) -> None:
 
 
 def test_what_a_head_has_beside_its_rows_goes_with_it() -> None:
-    model, x = noisy(lambda: Network(Retention)), _x()
+    model, x = noisy(lambda: Network(Retention)), tokens()
     scores = fastscore.score(model, [x], progress=False)
     result = fastscore.prune(model, scores, x, channels=0.5, scope="layer", ignore=["embed", "mlp.0"])
     kept = torch.arange(HEADS)[~torch.isin(torch.arange(HEADS), result.removed["attn.ask"] // 2)]
@@ -86,7 +82,7 @@ class TalkingItself(Mixed):
 
 
 def test_heads_that_talk_by_a_parameter(tmp_path: Path) -> None:
-    small = check(lambda: Network(TalkingItself), _x(), ["attn.q_proj"], tmp_path, only=False).model
+    small = check(lambda: Network(TalkingItself), tokens(), ["attn.q_proj"], tmp_path, only=False).model
     assert small.attn.talk.shape == (HEADS // 2, HEADS // 2)
 
 
@@ -102,7 +98,7 @@ class Fixed(HeadGate):
 @pytest.mark.parametrize(("attention", "reason"), [(Mixed, "its heads read each other"),
                                                    (Fixed, "does not run with fewer")])
 def test_heads_that_stay_have_their_reason(attention: type[nn.Module], reason: str) -> None:
-    graph = trace(noisy(lambda: Network(attention)), _x())
+    graph = trace(noisy(lambda: Network(attention)), tokens())
     assert {"embed", "mlp.0"} <= {group.name for group in graph.groups}
     assert not any(any(group.role("heads")) for group in graph.groups)
     assert reason in graph.skipped["attn.q_proj"]
@@ -124,7 +120,7 @@ class Alone(nn.Module):
 
 
 def test_heads_with_layers_of_their_own_are_no_heads() -> None:
-    graph = trace(noisy(lambda: Network(Alone)), _x())
+    graph = trace(noisy(lambda: Network(Alone)), tokens())
     assert {f"attn.each.{head}.2" for head in range(HEADS)} <= {group.name for group in graph.groups}
     assert not any(any(group.role("heads")) for group in graph.groups)
 
@@ -146,7 +142,7 @@ class Ordered(nn.Module):
 
 @pytest.mark.parametrize("orders", [("one by one", "by head"), ((0, 1), (1, 0))])
 def test_modules_that_a_setting_tells_apart_are_tried_apart(orders: tuple[Any, Any]) -> None:
-    graph = trace(noisy(lambda: Network(lambda: nn.Sequential(*map(Ordered, orders)))), _x())
+    graph = trace(noisy(lambda: Network(lambda: nn.Sequential(*map(Ordered, orders)))), tokens())
     heads = {group.name: next(group.role("producer")).channel for group in graph.groups if any(group.role("heads"))}
     assert set(heads) == {"attn.0.into", "attn.1.into"}
     assert not torch.equal(*heads.values())
@@ -175,7 +171,7 @@ class Rare(Apart):
 
 @pytest.mark.parametrize(("attention", "samples"), thinned([Certain, Fused, Rare], [1, 3]))
 def test_heads_are_found_whatever_has_a_gradient(attention: type[nn.Module], samples: int) -> None:
-    graph = trace(noisy(lambda: Network(attention)), _x()[:samples])
+    graph = trace(noisy(lambda: Network(attention)), tokens()[:samples])
     (group,) = (group for group in graph.groups if any(group.role("heads")))
     assert {member.layer: len(member.index) for member in group.role("producer")} == dict.fromkeys(
         ("attn.ask", "attn.key", "attn.val"), HEADS * 2)
@@ -195,6 +191,6 @@ def test_a_stream_as_wide_as_its_heads_is_told_from_them(name: str, tmp_path: Pa
             q, k, v = (layer(x).view(B, T, self.n_head, -1).transpose(1, 2) for layer in (self.ask, self.key, self.val))
             return self.mix(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)).view(B, T, getattr(self, name))
 
-    result = check(lambda: Network(Wide), _x(), ["embed", "attn.ask", "mlp.0"], tmp_path)
+    result = check(lambda: Network(Wide), tokens(), ["embed", "attn.ask", "mlp.0"], tmp_path)
     assert result.model.attn.n_head == HEADS // 2
     assert getattr(result.model.attn, name) == result.model.embed.out_features < 12

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_layouts import tokens
 from torch import Tensor, nn
 from whole_way import check, noisy
 
@@ -77,20 +78,16 @@ class Decoder(nn.Module):
         return self.head(self.layer(self.stem(x), self.memory(x[:, :3]).tanh()))
 
 
-def _x() -> Tensor:
-    return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
-
-
 @pytest.mark.parametrize(("layer", "heads"), [(Layer, ["q1", "q2"]), (Counted, ["q1"]), (Beside, ["own.a", "q2"])])
 def test_all_attentions_of_a_module(layer: type[nn.Module], heads: list[str], tmp_path: Path) -> None:
     groups = ["stem", "memory", *(f"layer.{name}" for name in heads)]
-    small = check(lambda: Decoder(layer), _x(), groups, tmp_path).model.layer
+    small = check(lambda: Decoder(layer), tokens(), groups, tmp_path).model.layer
     assert small.o2.in_features == small.q2.out_features < WIDTH
     assert small.h == (small.o2.in_features // 2 if layer is Counted else HEADS)
 
 
 def test_each_attention_loses_heads_of_its_own() -> None:
-    model, x = noisy(lambda: Decoder(Layer)), _x()
+    model, x = noisy(lambda: Decoder(Layer)), tokens()
     scores = fastscore.score(model, [x], progress=False)
     one, other = torch.tensor([9., 9, 1, 1, 8, 8, 8, 8]), torch.tensor([1., 1, 2, 2, 9, 9, 9, 9])
     scores = replace(scores, totals={name: values.double() * scores.passes for name, values in {
@@ -128,7 +125,8 @@ def _slices(x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("cut", [lambda x: x.tensor_split(3, -1), lambda x: x.split(x.shape[-1] // 3, -1), _slices])
 def test_a_projection_that_is_cut_by_its_width(cut: Callable[[Tensor], Sequence[Tensor]]) -> None:
     """As with chunk(3), which is followed by itself."""
-    x, graphs = _x(), [trace(noisy(lambda way=way: Fused(way)), _x()) for way in (cut, lambda x: x.chunk(3, -1))]
+    x = tokens()
+    graphs = [trace(noisy(lambda way=way: Fused(way)), x) for way in (cut, lambda x: x.chunk(3, -1))]
     one, other = ({group.name: group for group in graph.groups} for graph in graphs)
     assert list(one) == list(other) == ["stem", "qkv"]
     assert torch.equal(one["qkv"].unit, other["qkv"].unit)
@@ -163,7 +161,7 @@ class TokenByToken(nn.Module):
 
 
 def test_heads_of_one_token_at_a_time(tmp_path: Path) -> None:
-    check(TokenByToken, _x(), ["stem", "attention.a"], tmp_path)
+    check(TokenByToken, tokens(), ["stem", "attention.a"], tmp_path)
 
 
 class AcrossHeads(Inner):
@@ -180,7 +178,7 @@ class AcrossHeads(Inner):
 
 
 def test_heads_that_read_each_other_are_not_those_of_what_they_read() -> None:
-    graph = trace(noisy(AcrossHeads), _x())
+    graph = trace(noisy(AcrossHeads), tokens())
     assert [group.name for group in graph.groups] == ["d"]  # what stem makes, too
     assert graph.skipped["a"] == "its heads read each other"
     assert {graph.skipped[name] for name in "bc"} == {"its channels go with those of a"}

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-import torch
-from attention_layouts import EMBED, HEADS, TOKENS, WIDTH
+from attention_layouts import EMBED, HEADS, WIDTH, tokens
 from own_attentions import Network
 from torch import Tensor, nn
 from whole_way import check, noisy
@@ -53,26 +52,23 @@ class OfTwo(Squeezed):
         self.parts = self.makes
 
 
-def _x() -> Tensor:
-    return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
-
-
 @pytest.mark.parametrize("attention", [Squeezed, Gathered])
 def test_as_many_heads_of_each_group_go(attention: type[Squeezed], tmp_path: Path) -> None:
-    small = check(lambda: Network(attention), _x(), ["embed", "attn.ask", "mlp.0"], tmp_path).model
+    small = check(lambda: Network(attention), tokens(), ["embed", "attn.ask", "mlp.0"], tmp_path).model
     assert small.attn.count == HEADS // 2
     assert (small.attn.ask.groups, small.attn.mix.groups) == (attention.makes, attention.reads)
-    (group,) = (group for group in trace(noisy(lambda: Network(attention)), _x()).groups if any(group.role("heads")))
+    graph = trace(noisy(lambda: Network(attention)), tokens())
+    (group,) = (group for group in graph.groups if any(group.role("heads")))
     assert group.unit.tolist() == [0, 0, 1, 1] * GROUPS
 
 
 def test_heads_are_more_than_the_groups_that_make_them() -> None:
-    graph = trace(noisy(lambda: Network(OfTwo)), _x())
+    graph = trace(noisy(lambda: Network(OfTwo)), tokens())
     (group,) = (group for group in graph.groups if any(group.role("heads")))
     assert group.unit.tolist() == [0, 0, 1, 1] * HEADS
 
 
 def test_heads_that_are_groups_stay() -> None:
-    graph = trace(noisy(lambda: Network(OfEach)), _x())
+    graph = trace(noisy(lambda: Network(OfEach)), tokens())
     assert {group.name for group in graph.groups} == {"embed", "mlp.0"}
     assert graph.skipped["attn.ask"].startswith("OfEach does not run with fewer heads")

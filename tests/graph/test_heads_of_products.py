@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_layouts import EMBED, HEADS, INNER, TOKENS, WIDTH, Apart
+from attention_layouts import EMBED, HEADS, INNER, TOKENS, WIDTH, Apart, tokens
 from own_attentions import Network
 from torch import Tensor, nn
 from whole_way import check, noisy
@@ -48,14 +48,10 @@ class OfTheStream(Apart):
         return (q + self.again) @ k.mT
 
 
-def _x() -> Tensor:
-    return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
-
-
 @pytest.mark.parametrize("attention", [Relative, OfTheStream])
 def test_heads_go(attention: type[nn.Module], tmp_path: Path) -> None:
     """Everything from data to a file, by brute force."""
-    result = check(lambda: Network(attention), _x(), ["embed", "attn.ask", "mlp.0"], tmp_path)
+    result = check(lambda: Network(attention), tokens(), ["embed", "attn.ask", "mlp.0"], tmp_path)
     held = result.model.attn
     assert {name: tuple(getattr(held, name).shape) for name in ("places", "kinds", "more") if hasattr(held, name)} == (
         {"places": (6, HEADS // 2, WIDTH), "kinds": (2, HEADS // 2, WIDTH)} if attention is Relative else
@@ -64,13 +60,13 @@ def test_heads_go(attention: type[nn.Module], tmp_path: Path) -> None:
 
 def test_they_count_and_nothing_is_said_to_stay() -> None:
     model = noisy(lambda: Network(Relative))
-    graph = trace(model, _x())
+    graph = trace(model, tokens())
     (group,) = (group for group in graph.groups if any(group.role("heads")))
     assert group.unit.tolist() == [c // WIDTH for c in range(INNER)]
     assert not {"attn.places", "attn.kinds"} & graph.skipped.keys()
-    scores = fastscore.score(model, [_x()], progress=False)
+    scores = fastscore.score(model, [tokens()], progress=False)
     assert not {"attn.places", "attn.kinds"} & scores.coverage.kept.keys()
-    before, after = fastscore.prune(model, scores, _x(), channels=0.5, scope="layer", compensate=False,
+    before, after = fastscore.prune(model, scores, tokens(), channels=0.5, scope="layer", compensate=False,
                                     ignore=["embed", "mlp.*"]).report.macs
     of_places = TOKENS * 6 * HEADS * WIDTH
     assert before - after >= of_places // 2

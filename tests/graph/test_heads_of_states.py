@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_layouts import EMBED, HEADS, INNER, TOKENS, join, split
+from attention_layouts import EMBED, HEADS, INNER, join, split, tokens
 from own_attentions import Network
 from state_attentions import Delta, DeltaApart, Dual, DualAfter, DualInGroups, Gated
 from torch import Tensor, nn
@@ -15,31 +15,27 @@ from fastscore.graph.heads import head_numbers
 from fastscore.graph.tracing import trace
 
 
-def _x() -> Tensor:
-    return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
-
-
 @pytest.mark.parametrize("attention", [Delta, DeltaApart])
 def test_heads_of_a_delta_rule_go(attention: type[nn.Module], tmp_path: Path) -> None:
     """With two numbers at once that its code cuts at, and two more, and filters of a layer that is not called."""
-    check(lambda: Network(attention), _x(), ["embed", "attn.into", "mlp.0"], tmp_path)
+    check(lambda: Network(attention), tokens(), ["embed", "attn.into", "mlp.0"], tmp_path)
 
 
 @pytest.mark.parametrize("attention", [Dual, DualAfter, DualInGroups])
 def test_heads_go_that_a_norm_with_a_gate_counts_together(attention: type[nn.Module], tmp_path: Path) -> None:
-    small = check(lambda: Network(attention), _x(), ["embed", "attn.into", "mlp.0"], tmp_path).model
+    small = check(lambda: Network(attention), tokens(), ["embed", "attn.into", "mlp.0"], tmp_path).model
     assert type(small.attn.norm) is Gated
     assert len(small.attn.norm.weight) == INNER // 2
 
 
 def test_heads_of_one_group_go_together() -> None:
-    graph = trace(noisy(lambda: Network(DualInGroups)), _x())
+    graph = trace(noisy(lambda: Network(DualInGroups)), tokens())
     (group,) = (group for group in graph.groups if any(group.role("heads")))
     assert group.unit.tolist() == [c * 2 // INNER for c in range(INNER)]
 
 
 def test_two_heads_of_values_go_with_one_of_keys() -> None:
-    graph = trace(noisy(lambda: Network(Delta)), _x())
+    graph = trace(noisy(lambda: Network(Delta)), tokens())
     (group,) = (group for group in graph.groups if any(group.role("heads")))
     assert group.unit.tolist() == [c // (INNER // (HEADS // 2)) for c in range(INNER)]
     assert {(member.attribute, len(member.index)) for member in group.role("width")} == {
@@ -72,7 +68,7 @@ class Stays(Network):
 
 
 def test_heads_that_names_show_are_found_once() -> None:
-    graph = trace(noisy(Stays), _x())
+    graph = trace(noisy(Stays), tokens())
     assert "takes its channels together with its table" in graph.skipped["attn.o_proj"]
     assert [group.name for group in graph.groups] == ["attn.q_proj", "mlp.0"]
 

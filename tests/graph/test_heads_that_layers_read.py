@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_layouts import EMBED, HEADS, INNER, TOKENS, WIDTH
+from attention_layouts import EMBED, HEADS, INNER, WIDTH, tokens
 from own_attentions import Network
 from torch import Tensor, nn
 from whole_way import check, noisy
@@ -64,21 +64,17 @@ class Added(Masked):
         return (v + v.flip(1)).transpose(1, 2).flatten(2)
 
 
-def _x() -> Tensor:
-    return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
-
-
 @pytest.mark.parametrize("attention", [Masked, Apart, Across, LowRank])
 def test_heads_go(attention: type[Masked], tmp_path: Path) -> None:
     low = attention is LowRank
     ranks = ["attn.q_proj.0", "attn.v_proj.0"] if low else []
-    small = check(lambda: Network(attention), _x(), ["embed", f"attn.q_proj{'.1' if low else ''}", "mlp.0", *ranks],
+    small = check(lambda: Network(attention), tokens(), ["embed", f"attn.q_proj{'.1' if low else ''}", "mlp.0", *ranks],
                   tmp_path).model
     assert small.attn.steps.weight.shape == (attention.shared // 2, attention.shared // 2 * WIDTH)
     assert small.attn.steep.shape == (attention.shared // 2,)
 
 
 def test_heads_whose_sums_a_layer_reads_stay() -> None:
-    graph = trace(noisy(lambda: Network(Added)), _x())
+    graph = trace(noisy(lambda: Network(Added)), tokens())
     assert {group.name for group in graph.groups} == {"embed", "mlp.0"}
     assert "does not run with fewer heads" in graph.skipped["attn.q_proj"]

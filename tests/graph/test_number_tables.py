@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_layouts import EMBED, HEADS, INNER, TOKENS
+from attention_layouts import EMBED, HEADS, INNER, tokens
 from own_attentions import Network
 from torch import Tensor, nn
 from whole_way import check, noisy
@@ -80,22 +80,18 @@ class Attention(nn.Module):
         return self.last(((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
-def _x() -> Tensor:
-    return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
-
-
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_heads_go_with_their_number_in_a_table(layer: str, shared: bool, tmp_path: Path) -> None:
-    small = check(lambda: Network(lambda: Attention(LAYERS[layer], shared)), _x(),
+    small = check(lambda: Network(lambda: Attention(LAYERS[layer], shared)), tokens(),
                   ["embed", "attn.to_q.0", "mlp.0"], tmp_path).model
     copied = copy.deepcopy(small).train()
-    torch.testing.assert_close(copied(_x()), small(_x()))
+    torch.testing.assert_close(copied(tokens()), small(tokens()))
 
 
 def test_a_model_keeps_its_table() -> None:
     model = noisy(lambda: Network(lambda: Attention(LAYERS["derived"], shared=False)))
-    trace(model, _x())
+    trace(model, tokens())
     assert model.attn.to_q[1].sizes == {"h": HEADS}
     assert model.attn.to_q[1]._made == (("h", HEADS),)
 
@@ -128,7 +124,8 @@ class ByAnother(Table):
 
 @pytest.mark.parametrize("layer", [BySubscript, ByGet, ByValues, ByAnother])
 def test_heads_stay_by_whose_number_code_decides(layer: type[Table]) -> None:
-    graph = trace(noisy(lambda: Network(lambda: Attention(partial(layer, h=HEADS, other=HEADS), shared=False))), _x())
+    attention = partial(Attention, partial(layer, h=HEADS, other=HEADS), shared=False)
+    graph = trace(noisy(lambda: Network(attention)), tokens())
     goes = "attn.to_q.0" in {group.name for group in graph.groups}
     assert goes is (layer is ByAnother)
     assert goes or "more than a size" in graph.skipped["attn.to_q.0"]

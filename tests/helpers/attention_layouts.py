@@ -162,3 +162,8 @@ class Thin(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.into(x).unflatten(-1, (3, self.heads, 1)).permute(2, 0, 3, 1, 4)
         return self.mix(join((q @ k.mT).softmax(-1) @ v))
+
+
+def tokens() -> Tensor:
+    """What models here read: [3, TOKENS, 3]."""
+    return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()

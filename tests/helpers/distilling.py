@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from decisive import state
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,11 +43,6 @@ def smaller(norms: bool = True) -> nn.Sequential:
     """One to train."""
     model: nn.Sequential = seeded(1, lambda: _network(norms))
     return model
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what a model holds."""
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def every_pair() -> list[Tensor]:

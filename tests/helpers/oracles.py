@@ -210,3 +210,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         after = _snapshot(model)
         changed = [what for what in before if not _same(before[what], after[what])]
         assert not changed, f"changed: {changed}"
+
+
+def params(model: nn.Module) -> int:
+    """How many numbers its parameters hold."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from networks import NETWORKS, Network
+from oracles import params
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,10 +16,6 @@ def counted(model: nn.Module, network: Network, samples: int = 1) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(network.inputs(samples))
     return counter.get_total_flops() // 2 // samples
-
-
-def params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_by_hand() -> None:

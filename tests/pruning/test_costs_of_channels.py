@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from networks import NETWORKS
+from oracles import params
 from torch import Tensor, nn
 
 import fastscore
@@ -85,10 +86,6 @@ def test_seconds_of_layers_leave_out_the_layers_inside(monkeypatch: pytest.Monke
     seconds = layer_seconds(model, ["0", "0.0", "1"], torch.ones(1, 3), lambda model, x: model(x))
     assert seconds == {"0": 1e-9, "0.0": 2.0, "1": 2.0}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["residual", "dense", "mobile", "grouped", "unet", "chunked", "flattening"])

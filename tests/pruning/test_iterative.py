@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from networks import NETWORKS
-from oracles import untouched
+from oracles import params, untouched
 from started import environment
 from thinned import thinned
 from torch import Tensor, nn
@@ -23,10 +23,6 @@ from fastscore.pruning.budgets.costs import total_macs
 from fastscore.pruning.report import Timing
 
 RESIDUAL = NETWORKS["residual"]
-
-
-def params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def setting() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:

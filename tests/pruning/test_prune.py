@@ -9,7 +9,7 @@ import torch
 import transformers
 from network_modules import Residual
 from networks import NETWORKS, randomize
-from oracles import untouched
+from oracles import params, untouched
 from thin_members import THIN
 from thinned import NIGHTLY
 from torch import Tensor, nn
@@ -28,10 +28,6 @@ def counted_macs(model: nn.Module, x: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x[:1])
     return counter.get_total_flops() // 2
-
-
-def params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def width(model: nn.Module, layer: str) -> int:

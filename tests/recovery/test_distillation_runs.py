@@ -10,19 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import IMAGES, WORKERS, dense, every_pair, smaller, state
+from decisive import same, state
+from distilling import IMAGES, WORKERS, dense, every_pair, smaller
 from started import environment
-from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastscore.recovery.distillation import distill
 from fastscore.recovery.distillation_run import DistillationReport
 
 QUIET: dict[str, Any] = {"progress": False}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class Stopping:

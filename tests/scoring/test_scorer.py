@@ -9,20 +9,15 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from loops import assert_same
 from network_modules import Residual
 from networks import NETWORKS, randomize
 from torch import Tensor, nn
 
 import fastscore
-from fastscore import Scorer, Scores
+from fastscore import Scorer
 
 RESIDUAL = NETWORKS["residual"]
-
-
-def assert_same(one: Scores, other: Scores, tolerance: float = 1e-6) -> None:
-    assert list(one) == list(other)
-    for layer in one:
-        assert float((one[layer] - other[layer]).abs().max()) <= tolerance * float(other[layer].max()), layer
 
 
 def labels(samples: int) -> Tensor:
