@@ -25,6 +25,7 @@ from fastscore.graph.trials.trial_inputs import batch_of
 from fastscore.modules.macs.counting import count
 from fastscore.modules.macs.mac_formulas import formulas
 from fastscore.modules.sample_axis import SampleAxis
+from fastscore.modules.weights import own_layers
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +221,37 @@ def test_layers_of_a_class_of_its_own_take_few_passes_more() -> None:
         found = trace(model, x)
     assert [group.name for group in found.groups] == ["0", "2"]
     assert traced.get_total_flops() < 10 * 2 * count(model, x).macs
+
+
+class Safe(nn.Conv3d):
+    """PyTorch's, by way of code of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.numel() < 10 ** 9 else torch.cat([super().forward(part) for part in x])
+
+
+class OfTuples(nn.Module):
+    """A convolution whose settings are tuples."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__()
+        self.weight, self.stride, self.padding = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel, kernel)), \
+            (1, 1, 1), (kernel // 2,) * 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv3d(x, self.weight, None, self.stride, self.padding)
+
+
+@pytest.mark.parametrize(("kind", "most"), [(Safe, 0), (OfTuples, 2)])
+def test_convolutions_of_a_class_of_its_own_are_tried_once(kind: Callable[[int, int, int], nn.Module], most: int,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many copies there are; those that PyTorch's own code runs not at all."""
+    tried, convolution = [], own_layers._convolution
+    monkeypatch.setattr(own_layers, "_convolution", lambda *args: tried.append(args) or convolution(*args))
+    model = nn.Sequential(kind(3, 5, 1), kind(5, 5, 1), nn.ReLU(), kind(5, 5, 1), kind(5, 5, 1), nn.Flatten(),
+                          nn.Linear(40, 3)).eval()
+    assert [group.name for group in trace(model, torch.randn(1, 3, 2, 2, 2)).groups] == ["0", "1", "3", "4"]
+    assert len(tried) == most
 
 
 WIDTH = 12

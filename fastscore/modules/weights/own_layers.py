@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastscore.modules.copying import ATOMS, own_attributes
+from fastscore.modules.copying import is_setting, own_attributes
 
 _LEADING = ((3,), (2, 3), (2, 2, 3))  # of inputs that it is tried on: as many dimensions as its code takes
 _FAR = 100.0
-_OTHERS = ("torch", "transformers", "fastscore")  # whose layers are known by other means
+_PLAIN = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, torch.jit.ScriptModule)  # known by other means
+_OTHERS = ("torch", "transformers", "fastscore")  # whose layers are known so, too
 _CONVOLUTIONS: Mapping[Any, type[nn.Module]] = {
     F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d, F.conv_transpose1d: nn.ConvTranspose1d,
     F.conv_transpose2d: nn.ConvTranspose2d, F.conv_transpose3d: nn.ConvTranspose3d}
@@ -67,7 +68,7 @@ def own_layer(module: nn.Module) -> OwnLayer | None:
     them what F.linear does, or a convolution, with the gradient that it has. The module is not run.
     """
     if module._modules or module._buffers or type(module).__module__.partition(".")[0] in _OTHERS or \
-            isinstance(module, (nn.Linear, nn.Embedding, torch.jit.ScriptModule)) or "forward" in vars(module):
+            isinstance(module, _PLAIN) or "forward" in vars(module):
         return None
     parameters = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
     of_dims = {min(parameter.dim(), 2): name for name, parameter in parameters.items()}  # of a bias, and a weight
@@ -108,7 +109,7 @@ def become_layer(module: nn.Module, own: OwnLayer, weight: Tensor) -> None:
 def _of_its_like(module: nn.Module, shapes: Any, of_dims: dict[int, str]) -> OwnLayer | None:
     """The same, tried once for all modules of a class that hold equal numbers and words: copies of one, mostly."""
     own = own_attributes(module)
-    if not all(type(value) in ATOMS for value in own.values()):
+    if not all(map(is_setting, own.values())):
         return _probed(module, of_dims[2], of_dims.get(1))
     known = _alike.setdefault(type(module), {})
     key = shapes, repr(sorted(own.items()))
