@@ -4,22 +4,31 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fastscore
 from fastscore import files
-from fastscore.cli import models, needs, options, run_files, units
+from fastscore.cli import models, needs, options, units
 from fastscore.cli.parsers import Commands, add_command, add_json
 from fastscore.ops import library
 from fastscore.ops.backends import backends
+from fastscore.pruning import iterative
+from fastscore.pruning.report import PruneReport
 from fastscore.pruning.saved.checkpoint import read_notes
 from fastscore.pruning.saved.export import read_exported_notes
+from fastscore.recovery import distillation_run, kept
+from fastscore.recovery.divergence import names
+from fastscore.scoring import runs, scorer
 from fastscore.scoring.scores import Scores
+from fastscore.wording import counted
 
 _NONE = {"notes": "none: fastscore did not prune it; give weights as --checkpoint, behind the name of their model"}
+_RESUMED = "kept by resume=: the same call goes on from it"
 _PACKAGES = ("torch-fastscore", "torch", "triton", "torch-pruning", "torchvision")
 
 
@@ -76,8 +85,8 @@ def file_notes(path: str) -> dict[str, str]:
         raise FileNotFoundError(f"{path}: there is no such file; info reads scores and pruned models, or MODEL: "
                                 "torchvision:NAME, timm:NAME, hf:NAME or module:function")
     form = files.form_of(path)
-    if form in run_files.NOTES:
-        return run_files.NOTES[form](path)
+    if form in _RUNS:
+        return _RUNS[form](path)
     if form == "" and not path.endswith(".safetensors"):
         return read_exported_notes(path) or _NONE
     try:
@@ -86,6 +95,50 @@ def file_notes(path: str) -> dict[str, str]:
     except ValueError:
         notes = read_notes(path)
     return dict(notes) or _NONE
+
+
+def _iterative(path: str) -> dict[str, str]:
+    header, _ = files.read(path, iterative.FORM, "checkpoint of prune_iteratively", "start the run again")
+    reports = [PruneReport.of(report) for report in header["reports"]]
+    return {"run": f"of prune_iteratively, {_RESUMED}", "done": f"{len(reports)} of {header['same']['steps']} steps",
+            **({"remains": _share(reports)} if reports else {})}
+
+
+def _share(reports: list[PruneReport]) -> str:
+    return ", ".join(f"{getattr(reports[-1], unit)[1] / getattr(reports[0], unit)[0]:.1%} of the {name}"
+                     for unit, name in (("macs", "MACs"), ("params", "parameters")))
+
+
+def _distillation(path: str) -> dict[str, str]:
+    state = _state(path, distillation_run.FORM)
+    last: list[Mapping[str, Any]] = state["looks"][-1:]
+    return {"run": f"of distill, {_RESUMED}", "done": counted(state["step"], "step"),
+            **{f"{label} on held-out samples, last looked at": f"{look[key]:.4g}" for look in last
+               for key, label in zip(("agreement", "kl"), names(look.get("by_error", False), look.get("mixed", "")),
+                                     strict=True) if look[key] is not None}}
+
+
+def _moments(path: str) -> dict[str, str]:
+    passes: Mapping[str, Any] = _state(path, kept.FORM)["passes"]
+    return {"run": f"of reconstruct, {_RESUMED}", "done": "; ".join(
+        f"{name}: {counted(each['done'], 'batch', 'batches')}{', all' if each['whole'] else ''}"
+        for name, each in passes.items())}
+
+
+def _scorer(path: str) -> dict[str, str]:
+    counts = _state(path, scorer.FORM)["counts"]
+    return {"run": "of a Scorer, written by Scorer.save: load() of one made alike goes on from it",
+            "done": counted(counts["samples"], "sample")}
+
+
+def _state(path: str, form: str) -> dict[str, Any]:
+    return files.read_state(path, form, "file of a run", "start the run again")
+
+
+# form of the file of a run -> what it says of how far that is
+_RUNS: Mapping[str, Callable[[str], dict[str, str]]] = {
+    runs.FORM: runs.run_notes, iterative.FORM: _iterative, distillation_run.FORM: _distillation, kept.FORM: _moments,
+    scorer.FORM: _scorer}
 
 
 def facts() -> dict[str, dict[str, str]]:

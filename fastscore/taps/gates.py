@@ -1,8 +1,11 @@
-"""Gates: the identity at which autograd hands over what is measured of activation and gradient."""
+"""Gates: the identity at which autograd hands over what is measured of activation and gradient.
+
+Their `taps` are fastscore.taps.taps.Taps, which makes them, and is asked in a backward pass whether it measures.
+"""
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,34 +58,11 @@ class FusedTap(NamedTuple):
     readers: Container[str]
 
 
-class MeasuredRows(Protocol):
-    """See fastscore.taps.rows.Rows."""
-
-    def measured(self, x: Tensor, g: Tensor, channel_dim: int, axis: SampleAxis, valid: Tensor | None,
-                 inside: Tensor | None = None) -> Tensor:
-        """[P, R, C] of activation and gradient, a row for each place along `axis`; for each sample, with padding."""
-
-
-class Measuring(Protocol):
-    """Who a gate asks in a backward pass: see fastscore.taps.taps.Taps."""
-
-    @property
-    def measuring(self) -> bool:
-        """Whether a backward pass that runs now is to be measured."""
-
-    @property
-    def rows(self) -> MeasuredRows:
-        """Who measures."""
-
-    def handed_on(self, g: Tensor, owner: ForwardPass | None) -> Tensor:
-        """`g`, as a gate of the forward pass `owner` sends it on."""
-
-
 class Gate(torch.autograd.Function):
     """(x, gate) -> x; backward: (g, measure(x, g))."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Measuring", point: TapPoint, axis: SampleAxis,
+    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: Any, point: TapPoint, axis: SampleAxis,
                 valid: Tensor | None, owner: ForwardPass | None, inside: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.taps, ctx.point, ctx.axis, ctx.valid, ctx.owner, ctx.inside = taps, point, axis, valid, owner, inside
@@ -105,7 +85,7 @@ class ExpertGate(torch.autograd.Function):
     its gradient make is what its input and the gradient there do."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, expert: Tensor, gate: Tensor, taps: "Measuring", point: TapPoint, axis: SampleAxis,
+    def forward(ctx: Any, x: Tensor, expert: Tensor, gate: Tensor, taps: Any, point: TapPoint, axis: SampleAxis,
                 valid: Tensor | None, owner: ForwardPass | None) -> Tensor:
         ctx.save_for_backward(x, expert)
         ctx.taps, ctx.point, ctx.axis, ctx.valid, ctx.owner = taps, point, axis, valid, owner
@@ -133,7 +113,7 @@ class NormGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, factor: Tensor | None, gate: Tensor, norm: nn.Module,
-                taps: "Measuring", point: TapPoint, axis: SampleAxis, valid: Tensor | None,
+                taps: Any, point: TapPoint, axis: SampleAxis, valid: Tensor | None,
                 owner: ForwardPass | None) -> Tensor:
         ctx.save_for_backward(x, factor)
         ctx.norm, ctx.taps, ctx.point, ctx.axis, ctx.valid, ctx.owner = norm, taps, point, axis, valid, owner

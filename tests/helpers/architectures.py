@@ -24,9 +24,9 @@ from fastscore.graph.tracing import trace
 from fastscore.modules.attention.multihead_attention import replace_attention
 from fastscore.modules.hooks import input_of, put_on, with_input
 from fastscore.modules.inspection import channel_dim
+from fastscore.modules.norms.channel_norm import ResponseNorm
 from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.norms.gated_norms import GatedNorm, gated_norm_of
-from fastscore.modules.norms.response_norms import ResponseNorm
 from fastscore.modules.weights import held_weights
 from fastscore.pruning.masking import at_consumers, at_group_norms
 from fastscore.recovery.compensation import removed_positions

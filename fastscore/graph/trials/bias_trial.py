@@ -82,8 +82,6 @@ def _reads_another_width(recording: Recording, name: str) -> bool:
 
 def _read_elsewhere(recording: Recording, names: Sequence[str]) -> list[str]:
     """Those of `names` with whose biases something changes though all layers give what they gave before."""
-    if not names:
-        return []
     with _grown(recording, names):
         if recording.leak({}, {}) is None:
             return []

@@ -19,8 +19,7 @@ from fastscore.graph.trials.choices import HELD, TURNS, Choices, Noted
 from fastscore.graph.trials.differences import all_close, changed, differ
 from fastscore.graph.trials.draws import SteadyDraws
 from fastscore.graph.trials.plain_layers import may_make_several
-from fastscore.graph.trials.replaced_layers import read_by, replaced, unwrapped
-from fastscore.graph.trials.skipped_norms import skipped
+from fastscore.graph.trials.replaced_layers import read_by, replaced, skipped, unwrapped
 from fastscore.modules import hooks
 from fastscore.modules.inspection import channel_dim, device_of, runs_own_code
 from fastscore.modules.narrower import without

@@ -16,9 +16,8 @@ from fastscore.modules.copying import own_attributes
 from fastscore.modules.hooks import input_of
 from fastscore.modules.narrower import staying, without
 from fastscore.modules.norms import activations, gated_norms
-from fastscore.modules.norms.channel_norm import ChannelNorm
+from fastscore.modules.norms.channel_norm import ChannelNorm, ResponseNorm
 from fastscore.modules.norms.finding import find, has_eps
-from fastscore.modules.norms.response_norms import ResponseNorm
 
 
 class NarrowedNorm(nn.Module):

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.modules.norms import activations
-from fastscore.modules.norms.channel_norm import ChannelNorm
-from fastscore.modules.norms.response_norms import ResponseNorm
+from fastscore.modules.norms.channel_norm import ChannelNorm, ResponseNorm
 
 EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")  # what attributes are called that hold it
 _RESPONSE_EPS = 1e-6  # what a global response normalisation adds whose code holds the number
