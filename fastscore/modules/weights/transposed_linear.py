@@ -55,14 +55,6 @@ class Surgeon:
         layer.nx = widths(layer)[0]  # type: ignore[assignment]
         return layer
 
-    def get_out_channels(self, layer: nn.Module) -> int:
-        """How many outputs there are."""
-        return widths(layer)[1]
-
-    def get_in_channels(self, layer: nn.Module) -> int:
-        """How many inputs there are."""
-        return widths(layer)[0]
-
 
 def _cut(layer: nn.Module, name: str, dim: int, index: Sequence[int]) -> None:
     old = layer._parameters[name]
