@@ -1,9 +1,10 @@
 """Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
 
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from fastscore.graph import (
     whole_experts,
 )
 from fastscore.graph.cutting import own_tensors
-from fastscore.graph.following import dependencies, nested, nodes
+from fastscore.graph.following import dependencies, nested, nodes, with_gradients
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.heads import attention, head_numbers, unnamed_attention
 from fastscore.graph.kept import left_alone, obstacles, reasons, training_only, unread
@@ -204,11 +205,13 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     """`_traced`, where buffers are constants."""
     graph = dependencies.Graph()
     has_run, unused, device = False, set[str](), device_of(eval_model)
+    whose_gradients: AbstractContextManager[Any] = nullcontext()  # how torch.no_grad() runs
 
     def first_run(model: nn.Module, batch: object) -> list[Tensor]:
         nonlocal has_run
         rng.start_over(device)
-        with unread.Outputs(model) as made:
+        unused.clear()
+        with unread.Outputs(model) as made, whose_gradients:
             outputs = run(model)
         has_run, recording.draws = True, rng.has_drawn(device)
         layers, more = made.unread(outputs)
@@ -234,11 +237,19 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         for name in nested.seeing(eval_model, recording.layers, run) if recording.nested else ():
             recording.nested.add(name)
             recording.forget(name)
-        if not recording.lost <= set(written) or recording.nested or recording.several:
+        anew = not recording.lost <= set(written) or recording.nested or recording.several
+        ways: list[AbstractContextManager[Any]] = [nullcontext()] if anew or recording.without_gradients else []
+        for whose_gradients in [with_gradients.GradientsStay(), *ways] if recording.without_gradients else ways:
             graph.release()
             graph = dependencies.Graph()
-            with recording.record():
-                graph.build(eval_model, first_run, inside=recording.several, nested=recording.nested)
+            try:
+                with recording.record():
+                    graph.build(eval_model, first_run, inside=recording.several, nested=recording.nested)
+                if recording.without_gradients <= unused:
+                    break
+            except Exception:  # of code that writes, under torch.no_grad(), to what has gradients
+                if whose_gradients is ways[0]:
+                    raise
     except OutputError:
         raise
     except Exception as error:  # the tracer raises whatever its guesses run into

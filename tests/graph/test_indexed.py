@@ -1,4 +1,5 @@
-"""Attentions that choose tokens by layers that run without gradients, as sparse attention's indexers do: heads go."""
+"""Attentions that choose tokens by layers that run without gradients, as sparse attention's indexers do: heads go,
+and what both read."""
 
 from pathlib import Path
 
@@ -46,4 +47,4 @@ class Net(nn.Module):
 @pytest.mark.parametrize("after", [False, True])
 def test_heads_go(after: bool, tmp_path: Path) -> None:
     x = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    check(lambda: Net(after), x, ["first", "attention.one", "attention.out"], tmp_path)
+    check(lambda: Net(after), x, ["first", "attention.low", "attention.one", "attention.out"], tmp_path)

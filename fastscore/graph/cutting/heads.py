@@ -39,7 +39,10 @@ LAYERS = (
 )
 _KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "all_head_dim", "split_size", "dim_out")
-COUNTS_ALONE = " alone"  # `attribute` of a member for heads: what is called as one of the widths above is none of them
+# `attribute` of a member for heads: what is called as one of the widths above is none of them; what the module's
+# children count is none of them, as heads of what picks keys
+COUNTS_ALONE, OWN_ALONE = " alone", " own"
+SIDES = ("heads", f"heads{COUNTS_ALONE}", f"heads{OWN_ALONE}")
 # parameter or buffer of the module -> (dimension that holds heads, times that it holds them all)
 _TENSORS = {"in_proj_weight": (0, 3), "in_proj_bias": (0, 3), "q_proj_weight": (0, 1), "k_proj_weight": (0, 1),
             "v_proj_weight": (0, 1), "bias_k": (2, 1), "bias_v": (2, 1), "q_bias": (0, 1), "k_bias": (0, 1),
@@ -69,11 +72,17 @@ def is_known(attribute: str) -> bool:
     return attribute in (*own_width.COUNTS, *_KEY_COUNTS, *_WIDTHS, *own_width.HEAD_WIDTHS)
 
 
-def counted(module: nn.Module, widths: bool = True) -> set[tuple[str, str]]:
-    """(child, or "" for the module itself, attribute) of the numbers that `remove` changes."""
-    owners = (("", module), *module.named_children()) if count(module) is not None else ()
-    return {(child, name) for child, owner in owners for name, value in vars(owner).items()
-            if name in (*own_width.COUNTS, *_KEY_COUNTS, *(_WIDTHS if widths else ())) and isinstance(value, int)}
+def counted(module: nn.Module, which: str = "") -> set[tuple[str, str]]:
+    """(child, or "" for the module itself, attribute) of the numbers that `remove` changes. which: "", COUNTS_ALONE or
+    OWN_ALONE."""
+    return {*_kept(module, which)} if count(module) is not None else set()
+
+
+def _kept(module: nn.Module, which: str) -> Iterator[tuple[str, str]]:
+    """See `counted`; also of a module whose config alone says how many heads it has."""
+    names = (*own_width.COUNTS, *_KEY_COUNTS, *(_WIDTHS if which != COUNTS_ALONE else ()))
+    for child, owner in (("", module), *(module.named_children() if which != OWN_ALONE else ())):
+        yield from ((child, name) for name, value in [*vars(owner).items()] if name in names and isinstance(value, int))
 
 
 def tensors(module: nn.Module) -> Iterator[str]:
@@ -88,13 +97,12 @@ def by_head(name: str, values: Tensor, heads: int) -> Tensor:
     return values.movedim(dim, 0).reshape(times, heads, -1).transpose(0, 1).flatten(1)
 
 
-def remove(module: nn.Module, index: Tensor, apart: Collection[str] = (), widths: bool = True) -> None:
+def remove(module: nn.Module, index: Tensor, apart: Collection[str] = (), which: str = "") -> None:
     """Take heads out of what a module itself holds, in place: its tensors and its counts.
 
     Parameters are new objects afterwards. The layers below it lose their channels elsewhere.
 
-    index: the heads that go, int64 [R]. apart: names of tensors that lose their part elsewhere. widths: whether numbers
-    that are called as widths of all heads are that.
+    index: the heads that go, int64 [R]. apart: names of tensors that lose their part elsewhere. which: see `counted`.
     """
     for handle in multihead_attention.replace_attention(module):  # PyTorch's own cannot be narrower than its embedding
         handle.make_permanent()
@@ -108,10 +116,9 @@ def remove(module: nn.Module, index: Tensor, apart: Collection[str] = (), widths
         rows = torch.arange(old.shape[dim]).reshape(times, total, -1)[:, kept].flatten()
         new = old.detach().index_select(dim, rows.to(old.device))
         setattr(module, name, nn.Parameter(new, old.requires_grad) if name in module._parameters else new)
-    for owner in (module, *module.children()):
-        for name, value in list(vars(owner).items()):
-            if name in (*own_width.COUNTS, *_KEY_COUNTS, *(_WIDTHS if widths else ())) and isinstance(value, int):
-                setattr(owner, name, value * len(kept) // total)
+    for child, name in [*_kept(module, which)]:
+        owner = module.get_submodule(child)
+        setattr(owner, name, getattr(owner, name) * len(kept) // total)
     if config is not None:
         module.config = NarrowedConfig(config, {  # type: ignore[assignment]
             name: value * len(kept) // total for name in (*own_width.COUNTS, *_KEY_COUNTS)

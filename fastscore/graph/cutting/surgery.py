@@ -21,7 +21,7 @@ from fastscore.modules.weights import called_layers, held_weights, own_products,
 from fastscore.modules.weights.computed_weights import compute_on_in, make_plain
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
-# "inputs", "outputs", "heads" (and COUNTS_ALONE, where nothing is a width of them), "head_dims", "rotary", "block", a
+# "inputs", "outputs", one of heads.SIDES (by which of a module's numbers count them), "head_dims", "rotary", "block", a
 # Dim, SIDE and what a module keeps, HANDED and names of what it is called with, or PRODUCT and the dimension of a
 # parameter that a module's code multiplies by
 Side: TypeAlias = str
@@ -84,7 +84,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     layers = [name for name, side in indices if side in ("inputs", "outputs")]
     for handle in multihead_attention.replace_attention(model, layers) if layers else ():
         handle.make_permanent()  # whose code takes the width of a stream for that of heads
-    if any(side.removesuffix(heads.COUNTS_ALONE) == "heads" for _, side in indices):
+    if any(side in heads.SIDES for _, side in indices):
         for handle in multihead_attention.replace_attention(model, called=()):
             handle.make_permanent()
     for (name, side), index in indices.items():
@@ -117,10 +117,10 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
         if side.startswith(SIDE):
             narrow(layer, side.removeprefix(SIDE), len(index))
             continue
-        if side.removesuffix(heads.COUNTS_ALONE) == "heads":
+        if side in heads.SIDES:
             apart = [key for key in heads.PROJECTIONS if
                      (f"{name}.{key.replace('bias', 'weight')}", "outputs") in indices]  # a bias goes with its weight
-            heads.remove(layer, index, apart, side == "heads")
+            heads.remove(layer, index, apart, side.removeprefix("heads"))
             continue
         surgeon = surgeons[name]
         prune = surgeon.prune_in_channels if side == "inputs" else surgeon.prune_out_channels

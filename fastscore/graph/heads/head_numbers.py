@@ -176,7 +176,7 @@ def decided_by(model: nn.Module, groups: Sequence[ChannelGroup], run: Callable[[
     known, found = dict[tuple[str, str], str | None](), dict[str, str]()
     for group in groups:
         counts = [(f"{member.layer}.{child}".strip("."), name) for member in group.role("heads") for child, name in
-                  heads.counted(model.get_submodule(member.layer), member.attribute != heads.COUNTS_ALONE)]
+                  heads.counted(model.get_submodule(member.layer), member.attribute)]
         if any(group.role("heads")):  # whatever the number is called
             counts += [(member.layer, member.attribute) for member in group.role("width")]
         for owner, name in sorted(counts):
@@ -191,12 +191,13 @@ def decided_by(model: nn.Module, groups: Sequence[ChannelGroup], run: Callable[[
 
 
 def _ways(module: nn.Module, group: ChannelGroup) -> Iterator[ChannelGroup]:
-    """The group, where what is called a width of its heads is one; and where it is not, as that of a stream which
-    happens to be as wide."""
+    """The group, where what is called a width of its heads is one, and what children count are its heads; and where the
+    one is not, as that of a stream which happens to be as wide, or the other."""
     yield group
-    if heads.counted(module) != heads.counted(module, widths=False):
-        yield replace(group, members=tuple(replace(member, attribute=heads.COUNTS_ALONE) if member.role == "heads" else
-                                           member for member in group.members))
+    for which in (heads.COUNTS_ALONE, heads.OWN_ALONE):
+        if heads.counted(module) != heads.counted(module, which) != set():
+            yield replace(group, members=tuple(replace(member, attribute=which) if member.role == "heads" else member
+                                               for member in group.members))
 
 
 def units_of(group: ChannelGroup) -> int:
@@ -224,7 +225,7 @@ def _counts(module: nn.Module, group: ChannelGroup) -> Iterator[Member]:
     firsts = torch.stack([(group.unit == unit).nonzero()[0, 0] for unit in range(units)])
     likely = {units, len(next(group.role("heads")).index), group.channels,
               *(len(member.index) for member in group.role("producer"))}
-    known = heads.counted(module, next(group.role("heads")).attribute != heads.COUNTS_ALONE)
+    known = heads.counted(module, next(group.role("heads")).attribute)
     found = [each for each in numbers(module) if each[:2] not in known and each[2] > 0 and each[2] % units == 0
              and ("." not in each[1] or each[2] in likely)]
     partly = {width: member for member in group.role("producer", "channelwise")

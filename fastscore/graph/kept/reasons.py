@@ -200,7 +200,7 @@ def of_leak(where: str, members: Iterable[Member], recording: Recording, readers
     where all that is chosen by them stays as it is. mixer: see fastscore.graph.trials.mixing."""
     if where.startswith(OWN_FAULT):
         return where
-    if where in recording.first_layers:
+    if where in recording.first_layers or where in recording.without_gradients:
         return _without_gradient(where, recording)
     if where in recording.layers and recurrent.was_given_constant(recording.layers[where]):
         return f"{where} reads a state that no layer makes: one that the model keeps from call to call, say"

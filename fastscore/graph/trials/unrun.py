@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.trials import branch_parameters
@@ -180,13 +181,14 @@ def _sums(x: Tensor) -> list[Tensor]:
 
 def _means_some(use: Use, x: Tensor, before: Sequence[Tensor]) -> bool:
     """Whether what is made of a variable may mean what lies along a dimension where some of x is not as before."""
-    sums = _sums(x)
-    if [len(each) for each in sums] != [len(each) for each in before]:
-        return False
-    rounding = 16 * torch.finfo(x.dtype).eps if x.is_floating_point() or x.is_complex() else None
-    same = [close(now, then, rounding=rounding) for now, then in zip(sums, before, strict=True)]
-    return any(bool(each.any()) and not bool(each.all()) and may_mean(use, x, (dim,))
-               for dim, each in enumerate(same))
+    with _disable_current_modes():  # which see what the model's code does
+        sums = _sums(x)
+        if [len(each) for each in sums] != [len(each) for each in before]:
+            return False
+        rounding = 16 * torch.finfo(x.dtype).eps if x.is_floating_point() or x.is_complex() else None
+        same = [close(now, then, rounding=rounding) for now, then in zip(sums, before, strict=True)]
+        return any(bool(each.any()) and not bool(each.all()) and may_mean(use, x, (dim,))
+                   for dim, each in enumerate(same))
 
 
 def _meant(recording: Recording, groups: Sequence[ChannelGroup], left: Mapping[CodeType, Sequence[_Place]],
