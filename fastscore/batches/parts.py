@@ -50,6 +50,17 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def memory_of(tensor: Tensor) -> int:
+    """What strided tensors share that are views of each other; 0 of others, and within torch.func."""
+    if tensor.layout is not torch.strided or tensor.is_nested or torch._C._functorch.maybe_get_level(tensor) != -1:
+        return 0
+    try:
+        memory: int = tensor.untyped_storage()._cdata
+    except NotImplementedError:  # a subclass that holds others
+        return 0
+    return memory
+
+
 def _collect(batch: Batch, found: list[Tensor]) -> None:
     """Add the tensors of a batch, depth first: every operation of a model that is watched asks for its operands'."""
     if isinstance(batch, Tensor):

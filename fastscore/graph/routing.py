@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastscore.batches.parts import Batch, tensors_of
+from fastscore.batches.parts import Batch, memory_of, tensors_of
 from fastscore.graph.following import operations
 
 # operations that choose among the elements of their first argument
@@ -49,7 +49,7 @@ class Decisions(operations.OperationsAndNumbers):
     def noting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method of Tensor that makes Python numbers of all its elements, and notes it."""
         def noting(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._place(x) in self._content:
+            if memory_of(x) in self._content:
                 self.read = self.picks = True
             return method(x, *args, **kwargs)
 
@@ -58,14 +58,14 @@ class Decisions(operations.OperationsAndNumbers):
     def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         operation = operations.name_of(func)
         content = [] if not operation or operation in _OF_SHAPES else \
-            [tensor for tensor in tensors_of((args, kwargs)) if self._place(tensor) in self._content]
+            [tensor for tensor in tensors_of((args, kwargs)) if memory_of(tensor) in self._content]
         if not content:
             return func(*args, **kwargs)
         self.read |= operation == "_local_scalar_dense"
-        of_a_table = operation in _ROWS and self._place(args[0]) not in self._content
+        of_a_table = operation in _ROWS and memory_of(args[0]) not in self._content
         operand = args[0] if args and isinstance(args[0], Tensor) and args[0].numel() > 1 else None
         # integers that come of a decision, such as an order and its inverse, belong to it
-        decided = any(self._place(tensor) in self._decided for tensor in content if not tensor.is_floating_point())
+        decided = any(memory_of(tensor) in self._decided for tensor in content if not tensor.is_floating_point())
         operand = operand if operand is not None and (operand.is_floating_point() or not decided) else None
         if operand is not None and not _CHOICES.isdisjoint((operation, f"{operation}.{func._overloadname}")):
             self.found = decided = True
@@ -89,12 +89,8 @@ class Decisions(operations.OperationsAndNumbers):
                     self._mark(value, decided)
         return out
 
-    def _place(self, tensor: Tensor) -> int | None:
-        return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
-
     def _mark(self, tensor: Tensor, decided: bool = False) -> None:
-        place = self._place(tensor)
-        if place is not None:
+        if place := memory_of(tensor):
             self._content.setdefault(place, StorageWeakRef(tensor.untyped_storage()))
             if decided and not tensor.is_floating_point():
                 self._decided.add(place)

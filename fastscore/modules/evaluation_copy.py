@@ -15,7 +15,7 @@ from fastscore.modules.attention import multihead_attention
 from fastscore.modules.copying import ATOMS, deepcopy, own_attributes
 from fastscore.modules.inspection import runs_own_code
 from fastscore.modules.modes import enter_evaluation
-from fastscore.modules.reachable_code import names_in
+from fastscore.modules.reachable_code import is_torchs, names_in
 from fastscore.modules.source import tree_of
 from fastscore.modules.weights import (
     called_layers,
@@ -56,7 +56,7 @@ def may_be_written(model: nn.Module) -> Iterator[nn.Parameter | None]:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             yield from module._parameters.values()
         kind = type(module)
-        if _is_torchs(kind):
+        if is_torchs(kind):
             continue
         if kind not in named:
             named[kind] = _named_in_forward(kind)
@@ -72,10 +72,6 @@ def may_be_written(model: nn.Module) -> Iterator[nn.Parameter | None]:
 _ALL_PARAMETERS = {"parameters", "named_parameters", "state_dict", "_parameters"}
 
 
-def _is_torchs(thing: Any) -> bool:
-    return str(thing.__module__).startswith("torch.")  # what exec() made has None
-
-
 def _named_in_forward(kind: type[nn.Module]) -> set[str]:
     """The attributes that a class's forward names, and so do the methods and functions of its file that it calls; with
     "max_norm" where they hand it on, as F.embedding(x, w, max_norm=1), which scales rows of w in place; or may do so by
@@ -85,7 +81,7 @@ def _named_in_forward(kind: type[nn.Module]) -> set[str]:
     seen = set[Any]()
     while work:
         function = work.pop()
-        if not inspect.isfunction(function) or function in seen or _is_torchs(function):
+        if not inspect.isfunction(function) or function in seen or is_torchs(function):
             continue
         seen.add(function)
         codes = [function.__code__]

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
-from fastscore.batches.parts import tensors_of
+from fastscore.batches.parts import memory_of, tensors_of
 from fastscore.graph.cutting.cut_widths import calling_modules
 from fastscore.modules import held_tables, returned_part
 from fastscore.modules.reachable_code import ReachableCode
@@ -29,24 +28,23 @@ class MadeTables:
         self._met: dict[Any, list[tuple[_Shape, nn.Module, str, _Shape]]] = {}
         self._made: dict[int, tuple[Tensor, nn.Module]] = {}  # memory -> what was made there, and by which module
         # memory -> what is there, the module, the attribute that it was made of, and the shape of that
-        self._held = {_memory(held): (held, module, name, tuple(held.shape))
-                      for module, name, held in held_tables.of(model) if _memory(held)}
+        self._held = {memory_of(held): (held, module, name, tuple(held.shape))
+                      for module, name, held in held_tables.of(model) if memory_of(held)}
         self._model = model
 
     def note(self, args: Any, output: Tensor) -> None:
         """A call of a function."""
         if output.grad_fn is None:
-            if output.is_floating_point() and _is_plain(output):
+            if output.is_floating_point() and (memory := memory_of(output)):
                 maker = next(iter(calling_modules()), None)
                 if maker is not None and returned_part.makes_alone(maker):
-                    self._made.setdefault(_memory(output), (output, maker))
+                    self._made.setdefault(memory, (output, maker))
                 for x in tensors_of(args) if self._held else ():
-                    if _is_plain(x) and (held := self._held.get(_memory(x))) is not None:
-                        self._held.setdefault(_memory(output), (output, *held[1:]))
+                    if (held := self._held.get(memory_of(x))) is not None:
+                        self._held.setdefault(memory, (output, *held[1:]))
             return
         for x in tensors_of(args) if self._made or self._held else ():
-            if not x.requires_grad and _is_plain(x):
-                memory = _memory(x)
+            if not x.requires_grad and (memory := memory_of(x)):
                 _, maker = self._made.get(memory, (None, None))
                 if maker is not None and maker not in calling_modules():
                     self._met.setdefault(output.grad_fn, []).append((tuple(x.shape), maker, "", ()))
@@ -81,11 +79,3 @@ def _dim_of(held: _Shape, dim: int, channels: int) -> int | None:
     found = [at for at, size in enumerate(held) if size == channels]
     at = len(held) + dim
     return at if at in found else found[0] if len(found) == 1 else None
-
-
-def _memory(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
-
-
-def _is_plain(x: Tensor) -> bool:
-    return x.layout is torch.strided and not x.is_nested and torch._C._functorch.maybe_get_level(x) == -1

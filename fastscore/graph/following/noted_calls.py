@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastscore.batches.parts import tensors_of
+from fastscore.batches.parts import memory_of, tensors_of
 from fastscore.graph.autograd_nodes import reach
 from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, calling_modules, cut_of, view_of
 from fastscore.graph.following.asked_sizes import SLICES, SPLITS, VIEWS, ZEROS, AskedSizes
@@ -153,7 +153,7 @@ class NotedCalls(TorchFunctionMode):
 
     def zeros_of(self, zeros: Tensor) -> Cut | None:
         """The code that made what such zeros are, or were made from; None of anything else."""
-        known = self._zeros.get(_memory(zeros)) if self._zeros else None
+        known = self._zeros.get(memory_of(zeros)) if self._zeros else None
         return None if known is None else known[1]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -222,7 +222,7 @@ class NotedCalls(TorchFunctionMode):
         if func in ZEROS:
             if output.is_floating_point() and (code := cut_of(None, output.shape)) is not None and \
                     not isinstance(code.module, ParameterLayer):  # whose code is no user's
-                self._zeros.setdefault(_memory(output), (output, code))
+                self._zeros.setdefault(memory_of(output), (output, code))
             return
         taken = list(tensors_of(args)) if joined is None else joined[0]
         for at, x in enumerate(taken) if self._zeros else ():
@@ -230,16 +230,16 @@ class NotedCalls(TorchFunctionMode):
                 continue
             parts = self._parts_of(x, code) if joined is None else [_joined(taken, at, joined[1] % output.dim(), code)]
             if output.grad_fn is None:
-                self._zeros.setdefault(_memory(output), (output, code))
+                self._zeros.setdefault(memory_of(output), (output, code))
                 if joined is not None or x.shape == output.shape:
-                    self._parts.setdefault(_memory(output), (output.shape, []))[1].extend(parts)
+                    self._parts.setdefault(memory_of(output), (output.shape, []))[1].extend(parts)
                 continue
             for where in (output.grad_fn, calling_module()):
                 self.met.setdefault(where, []).extend(parts)
 
     def _parts_of(self, x: Tensor, code: Cut) -> list[MetZeros]:
         """What is zeros of what an operation takes: all, or where what was joined to make it was zeros."""
-        shape, parts = self._parts.get(_memory(x), (None, []))
+        shape, parts = self._parts.get(memory_of(x), (None, []))
         return parts.copy() if shape == x.shape else [MetZeros(tuple(x.shape), code)]
 
 
@@ -272,12 +272,6 @@ def _of_its_shape(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
 def _widths(tensors: Iterable[Tensor], dim: int) -> list[int]:
     """Of tensors that are joined along `dim`."""
     return [tensor.shape[dim] if tensor.dim() > 1 else tensor.numel() for tensor in tensors]
-
-
-def _memory(x: Tensor) -> int:
-    """What tensors share that are views of each other; 0 of those that have no memory of their own kind."""
-    plain = x.layout is torch.strided and not x.is_nested and torch._C._functorch.maybe_get_level(x) == -1
-    return x.untyped_storage().data_ptr() if plain else 0
 
 
 def _asked(args: Any, kwargs: Mapping[str, Any]) -> tuple[int, list[int]]:

@@ -15,15 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fastscore.modules.copying import counterparts, is_setting
 from fastscore.modules.weights import reparametrized
-from fastscore.modules.weights.own_layers import become_layer, own_layer, weight_of
+from fastscore.modules.weights.own_layers import ARGUMENTS, Calls, become_layer, own_layer, weight_of
 
 PLAIN: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_FUNCTIONS = dict.fromkeys((F.linear, F.conv1d, F.conv2d, F.conv3d), ARGUMENTS)
 _OWN = {"weight", "bias"}
 _UNUSED = "_unused_parameters"  # of a layer that became plain: what is counted, and does nothing
 _BY_CODE = "_computed_its_weight"  # of one whose class did
@@ -79,7 +77,7 @@ def _probed(layer: nn.Module) -> Tensor | None:
         return None
     alone = copy.copy(layer)  # what its code counts or keeps is not for the user's layer
     alone.training = False
-    with _Calls() as calls:
+    with Calls(_FUNCTIONS) as calls:
         first = _product(alone, own, 0)
     if not calls.made and kind is not None:
         _multiply_otherwise.setdefault(type(layer), set()).add(kind)
@@ -157,9 +155,9 @@ def was_computed(layer: nn.Module) -> bool:
 
 def multiplied_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The weight of a call of a product of a Conv or Linear; None of any other function."""
-    if not any(func is known for known in _FUNCTIONS):
+    if func not in _FUNCTIONS:
         return None
-    weight: Tensor = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}["weight"]
+    weight: Tensor = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}["weight"]
     return weight
 
 
@@ -218,31 +216,17 @@ def _product(layer: nn.Module, own: nn.Parameter, seed: int) -> Tensor | None:
         extent = [step * (kernel - 1) + 1 for step, kernel in zip(conv.dilation, conv.kernel_size, strict=True)]
         shape = [1, conv.in_channels, *(size + seed * (size + 1) for size in extent)]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(own)
-    with torch.no_grad(), _Calls() as calls:
+    with torch.no_grad(), Calls(_FUNCTIONS) as calls:
         try:
             output = type(layer).forward(layer, x)  # without the user's hooks
         except Exception:  # of a layer that takes something else
             return None
     if len(calls.made) != 1:
         return None
-    arguments, made = calls.made[0]
-    settings = [name for name in _ARGUMENTS[3:] if name in arguments and arguments[name] != getattr(layer, name, None)]
+    _, arguments, made = calls.made[0]
+    settings = [name for name in ARGUMENTS[3:] if name in arguments and arguments[name] != getattr(layer, name, None)]
     if output is not made or arguments["input"] is not x or settings or \
             arguments.get("bias") is not layer._parameters.get("bias"):
         return None
     weight: Tensor = arguments["weight"]
     return weight
-
-
-class _Calls(TorchFunctionMode):
-    """Notes the products of a Conv or Linear that run in the block: (arguments by name, what came of it)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[tuple[dict[str, Any], Any]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if any(func is known for known in _FUNCTIONS):
-            self.made.append(({**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}, output))
-        return output

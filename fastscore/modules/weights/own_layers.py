@@ -7,7 +7,7 @@ fastscore.modules.weights.computed_weights.
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +26,10 @@ _OTHERS = ("torch", "transformers", "fastscore")  # whose layers are known so, t
 _CONVOLUTIONS: Mapping[Any, type[nn.Module]] = {
     F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d, F.conv_transpose1d: nn.ConvTranspose1d,
     F.conv_transpose2d: nn.ConvTranspose2d, F.conv_transpose3d: nn.ConvTranspose3d}
-_SETTINGS = ("stride", "padding", "dilation", "groups")
+ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _OF_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
+_NAMED = {function: (*ARGUMENTS[:3], *_OF_TRANSPOSED) if issubclass(kind, nn.modules.conv._ConvTransposeNd)
+          else ARGUMENTS for function, kind in _CONVOLUTIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -140,33 +142,33 @@ def _convolution(module: nn.Module, weight: str, bias: str | None, shapes: dict[
     for width in dict.fromkeys((inputs, outputs, *(inputs * number for number in numbers))):
         sizes = [(2, width, *(4 * size + 3 + 3 * seed for size in kernel)) for seed in (0, 1)]
         alone, held = _alone(module, shapes, lambda shape: torch.empty(shape, device="meta"))
-        with torch.no_grad(), suppress(Exception), _Convolutions() as calls:  # of what takes something else
+        with torch.no_grad(), suppress(Exception), Calls(_NAMED) as calls:  # of what takes something else
             type(alone).forward(alone, torch.empty(sizes[0], device="meta"))
-        if len(calls.given) != 1 or calls.given[0][1].get("weight") is not held[weight]:
+        if len(calls.made) != 1 or calls.made[0][1].get("weight") is not held[weight]:
             continue
-        kind, given = calls.given[0]
+        function, given, _ = calls.made[0]
         settings = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in given.items()
                          if name in _OF_TRANSPOSED)
-        own = OwnLayer(weight, bias, kind=kind, settings=settings)
+        own = OwnLayer(weight, bias, kind=_CONVOLUTIONS[function], settings=settings)
         if all(_computes(module, own, shapes, size, seed) for seed, size in enumerate(sizes)):
             return own
     return None
 
 
-class _Convolutions(TorchFunctionMode):
-    """Notes the convolutions that run in the block: (layer, arguments by name)."""
+class Calls(TorchFunctionMode):
+    """Notes the calls in the block of functions, whose arguments have these names: (function, arguments by name, what
+    came of it)."""
 
-    def __init__(self) -> None:
+    def __init__(self, functions: Mapping[Any, Sequence[str]]) -> None:
         super().__init__()
-        self.given: list[tuple[type[nn.Module], dict[str, Any]]] = []
+        self._functions = functions
+        self.made: list[tuple[Any, dict[str, Any], Any]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = next((kind for function, kind in _CONVOLUTIONS.items() if function is func), None)
-        if kind is not None:
-            settings = _OF_TRANSPOSED if issubclass(kind, nn.modules.conv._ConvTransposeNd) else _SETTINGS
-            self.given.append((kind, {**dict(zip(("input", "weight", "bias", *settings), args, strict=False)),
-                                      **(kwargs or {})}))
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        if (names := self._functions.get(func)) is not None:
+            self.made.append((func, {**dict(zip(names, args, strict=False)), **(kwargs or {})}, output))
+        return output
 
 
 def _alone(module: nn.Module, shapes: dict[str, torch.Size], made: Callable[[torch.Size], Tensor]

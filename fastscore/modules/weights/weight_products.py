@@ -4,11 +4,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastscore.batches.parts import tensors_of
+from fastscore.batches.parts import memory_of, tensors_of
 from fastscore.modules.inspection import submodule
 
 _LOOKED_UP = ("embedding", "embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
@@ -43,7 +42,7 @@ class WeightProducts:
             if alone and weights:
                 self._note(tensor, weights)
             elif not alone and self._of(tensor) is not None:
-                self._known.pop(_storage(tensor) or 0)  # written over in place
+                self._known.pop(memory_of(tensor))  # written over in place
 
     def credit(self, args: Any, flops: float, running: str) -> None:
         """Add a product's FLOPs to the weights that it is with. running: the innermost module that runs."""
@@ -56,8 +55,7 @@ class WeightProducts:
             self.flops[name] += flops * size / sum(weights.values())
 
     def _note(self, tensor: Tensor, weights: dict[str, int] | None) -> None:
-        storage = _storage(tensor)
-        if storage is not None:
+        if storage := memory_of(tensor):
             self._known[storage] = StorageWeakRef(tensor.untyped_storage()), weights
 
     def _constant(self, tensor: Tensor) -> bool:
@@ -68,7 +66,7 @@ class WeightProducts:
         return None if found is None else found[1]
 
     def _find(self, tensor: Tensor) -> tuple[StorageWeakRef, dict[str, int] | None] | None:
-        found = self._known.get(_storage(tensor) or 0)
+        found = self._known.get(memory_of(tensor))
         return None if found is None or found[0].expired() else found
 
 
@@ -84,11 +82,3 @@ def _floating(values: Any) -> Iterator[Tensor]:
     for tensor in tensors_of(values):
         if tensor.is_floating_point():
             yield tensor
-
-
-def _storage(tensor: Tensor) -> int | None:
-    """A number that a strided tensor's memory has, and only views of it share; None for others."""
-    try:
-        return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
-    except NotImplementedError:  # a subclass that holds others
-        return None
