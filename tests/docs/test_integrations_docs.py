@@ -1,6 +1,5 @@
 """docs/integrations.md does what it shows, block after block."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from pages import blocks
 from torch import nn
 
 import fastscore
 
-PAGE = (Path(__file__).parents[2] / "docs/integrations.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+PAGE = Path(__file__).parents[2] / "docs/integrations.md"
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +30,8 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     names: dict[str, Any] = {}
     found: list[fastscore.Scores] = []
     widths = []
-    for block in BLOCKS:
-        exec(compile(block, "integrations.md", "exec"), names)
+    for block in blocks(PAGE):
+        exec(compile(block, PAGE.name, "exec"), names)
         for name in ("callback", "scorer"):
             scores = getattr(names.get(name), "scores", None)
             found.append(scores() if callable(scores) else scores)

@@ -1,11 +1,11 @@
 """What docs/pruning.md shows is what happens, by a clock that counts MACs."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import run
 
 from fastscore.pruning.budgets import latency
 from fastscore.pruning.budgets.costs import total_macs
@@ -22,8 +22,6 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(latency, "time_pair", clock)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names: dict[str, object] = {}
-    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        exec(compile(block, PAGE.name, "exec"), names)
+    names = run(PAGE)
     assert {path.name for path in tmp_path.iterdir()} == {"pruned.png", "steps.safetensors", "small.safetensors"}
-    assert names["result"].report.macs[1] / names["result"].report.macs[0] <= 0.7  # type: ignore[attr-defined]
+    assert names["result"].report.macs[1] / names["result"].report.macs[0] <= 0.7

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from models_page import on_page
+from pages import blocks, run
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import fastscore
@@ -18,12 +19,8 @@ from fastscore.cli import digits
 from fastscore.scoring.criteria import NAMES
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language):
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [block for name, block in fenced if name == language]
+PAGE = ROOT / "README.md"
+README = PAGE.read_text()
 
 
 def test_its_python_runs(tmp_path, monkeypatch):
@@ -32,9 +29,7 @@ def test_its_python_runs(tmp_path, monkeypatch):
         monkeypatch.setattr(torchvision.models, "resnet18", partial(ResNet, BasicBlock, [1, 1, 1, 1]))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
+    names = run(PAGE)
     assert isinstance(names["scores"], fastscore.Scores)
     dense, smaller = names["result"].report.macs
     assert smaller <= dense / 2
@@ -42,7 +37,8 @@ def test_its_python_runs(tmp_path, monkeypatch):
 
 
 def commands():
-    return [line for block in blocks("sh") for line in block.splitlines() if line.startswith("fastscore ")]
+    lines = [line for block in blocks(PAGE, "sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("fastscore ")]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -94,5 +90,5 @@ def test_its_links_lead_somewhere():
 
 
 def test_continuous_integration_runs_its_command_for_the_tests():
-    command = next(block.strip() for block in blocks("sh") if "pytest" in block)
+    command = next(block.strip() for block in blocks(PAGE, "sh") if "pytest" in block)
     assert (ROOT / ".ci/run").read_text().endswith(f"activate\n{command}\n")

@@ -7,27 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+from pages import run
 
 import fastscore
 from fastscore import cli
 from fastscore.cli import digits
 
-PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    names: dict[str, Any] = {}
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("recipes"))
-        for block in re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
-            exec(compile(block, "recipes.md", "exec"), names)
-    return names
+        return run(PAGE)
 
 
 def test_pruned_quantised_and_both_agree_with_the_dense_network(names: dict[str, Any]) -> None:
-    said = [float(share) / 100 for share in re.search(r"to (\d+), (\d+) and (\d+) %", PAGE).groups()]
+    said = [float(share) / 100 for share in re.search(r"to (\d+), (\d+) and (\d+) %", PAGE.read_text()).groups()]
     found = names["agreements"]
     assert list(found) == ["dense-int8.onnx", "small.onnx", "small-int8.onnx"]
     for (path, share), least in zip(found.items(), said, strict=True):
@@ -43,7 +41,7 @@ def test_the_loaded_network_is_the_smaller_one(names: dict[str, Any]) -> None:
 
 
 def test_its_commands_are_understood() -> None:
-    rows = re.findall(r"\| `((?:fastscore|torchrun) [^`]+)` \|", PAGE)
+    rows = re.findall(r"\| `((?:fastscore|torchrun) [^`]+)` \|", PAGE.read_text())
     assert len(rows) == 6
     for row in rows:
         words = shlex.split(row)

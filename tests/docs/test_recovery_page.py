@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from pages import run
 from torch import nn
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 
@@ -25,14 +26,12 @@ def test_its_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     if "FASTSCORE_NIGHTLY" not in os.environ:
         monkeypatch.setattr(torchvision.models, "mobilenet_v3_small", short)
     torch.manual_seed(0)
-    names: dict[str, object] = {}
-    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        exec(compile(block, PAGE.name, "exec"), names)
-    report = names["result"].report  # type: ignore[attr-defined]
+    names = run(PAGE)
+    report = names["result"].report
     assert report.macs[1] / report.macs[0] <= 0.7
     assert {"none", "mean", "linear", "asymmetric"} == {row.name for row in report.repairs}
-    assert [row.name for row in names["repaired"].report.repairs] == ["none", *["linear"] * 3]  # type: ignore[attr-defined]
-    judged = names["smallest"].report.judged  # type: ignore[attr-defined]
+    assert [row.name for row in names["repaired"].report.repairs] == ["none", *["linear"] * 3]
+    judged = names["smallest"].report.judged
     assert all((row.agreement >= 0.9) >= row.chosen for row in judged)
 
 

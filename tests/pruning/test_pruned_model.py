@@ -60,7 +60,7 @@ def test_pruning_inside_a_mask_leaves_the_mask_behind() -> None:
     scores = fastscore.score(model, [x], progress=False)
     with fastscore.mask(model, scores, 0.3, x):
         result = fastscore.prune(model, scores, x, channels=0.9)
-    assert not any(module._forward_pre_hooks for module in result.model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in result.model.modules())
     assert torch.equal(result.model(x), fastscore.prune(model, scores, x, channels=0.9).model(x))
 
 
@@ -94,6 +94,11 @@ def test_trains(pruned: tuple[nn.Module, Tensor]) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (4, 3, 12, 10)])
+def test_runs_on_images_of_other_sizes(shape: tuple[int, ...], pruned: tuple[nn.Module, Tensor]) -> None:
+    assert pruned[0](torch.randn(shape)).isfinite().all()
 
 
 def test_exported(pruned: tuple[nn.Module, Tensor]) -> None:

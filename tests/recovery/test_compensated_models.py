@@ -2,14 +2,12 @@
 
 import copy
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from networks import NETWORKS
 from oracles import untouched
 from torch import Tensor, nn
@@ -76,40 +74,6 @@ def test_the_budget_holds_with_the_new_biases_and_the_report_is_the_truth(name: 
 
 # The model afterwards
 
-def test_an_ordinary_model(tmp_path: Any) -> None:
-    model, x = RESIDUAL.traced(dtype=torch.float32), RESIDUAL.inputs(4).float()
-    result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, macs=0.5, compensate=True)
-    pruned = result.model
-    with torch.no_grad():
-        expected = pruned(x)
-    copied = copy.deepcopy(pruned)
-    assert torch.equal(copied(x), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(pruned))(x), expected)
-    torch.save(pruned.state_dict(), tmp_path / "w.pt")
-    for parameter in copied.parameters():
-        nn.init.zeros_(parameter)
-    copied.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
-    assert torch.equal(copied(x), expected)
-    torch.testing.assert_close(torch.export.export(pruned, (x,)).module()(x), expected)
-    for shape in ((1, 3, 8, 8), (4, 3, 12, 10)):  # not the example's
-        assert pruned(torch.randn(shape)).isfinite().all()
-    pruned.train()
-    F.cross_entropy(pruned(x), torch.arange(4)).backward()
-    assert all(p.grad is not None and p.grad.shape == p.shape for p in pruned.parameters())
-    again = fastscore.prune(pruned, fastscore.score(pruned, [x], progress=False), x, macs=0.7, compensate=True)
-    assert again.report.macs[1] / result.report.macs[1] <= 0.7
-
-
-def test_in_place() -> None:
-    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
-    scores = fastscore.score(model, [x], progress=False)
-    apart = fastscore.prune(model, scores, x, macs=0.5, compensate=True)
-    result = fastscore.prune(model, scores, x, macs=0.5, compensate=True, inplace=True)
-    assert result.model is model
-    assert torch.equal(model(x), apart.model(x))
-    assert result.report == apart.report
-
-
 def test_new_biases_follow_their_weights_and_old_ones_stay_as_they_were() -> None:
     model, x = NETWORKS["plain"].model().to(torch.bfloat16), NETWORKS["plain"].inputs(3).to(torch.bfloat16)
     residual = RESIDUAL.model().to(torch.bfloat16).train()
@@ -138,16 +102,6 @@ def test_the_users_hooks_see_what_they_will_see_after_surgery() -> None:
         masked = model(x)
     torch.testing.assert_close(fastscore.prune(model, scores, x, channels=0.5, compensate=True).model(x), masked,
                                rtol=1e-10, atol=1e-12)
-
-
-def test_pruning_inside_a_compensating_mask_leaves_the_mask_behind() -> None:
-    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
-    scores = fastscore.score(model, [x], progress=False)
-    expected = fastscore.prune(model, scores, x, channels=0.9, compensate=True).model(x)
-    with fastscore.mask(model, scores, 0.3, x, compensate=True):
-        result = fastscore.prune(model, scores, x, channels=0.9, compensate=True)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in result.model.modules())
-    assert torch.equal(result.model(x), expected)
 
 
 def test_nothing_removed_is_nothing_changed() -> None:
