@@ -10,6 +10,9 @@ STABLE_TORCH_LIBRARY(fastscore, m) {
       "bool normalize=True, ScalarType? dtype=None) -> Tensor");
   m.def("normalize_gradient(Tensor g, float eps=0.0) -> (Tensor, Tensor)");
   m.def("clamp_backward_(Tensor y, Tensor(a!) g, Tensor? rest, float low, float high, bool mean=False) -> Tensor");
+  m.def(
+      "winograd(Tensor x, Tensor weight, Tensor? bias, int outputs, int padding_y, int padding_x, float low, "
+      "float high) -> Tensor");
   m.def("simd_tier() -> str");
   m.def("cuda_runtime() -> int");
 }

@@ -31,12 +31,37 @@ struct ClampBackward {
   double low, high;
 };
 
+constexpr int kTile = 4;    // outputs of a tile of Winograd's, in height and width
+constexpr int kPanel = 32;  // outputs whose transformed weights lie beside each other
+
+struct WinogradTile {
+  int64_t sample, y, x;
+};
+
+struct Winograd {
+  const float* in;      // [N, height, width, channels]
+  const float* weight;  // transformed: [36, panels, channels, kPanel]
+  const float* bias;    // [outputs]; may be null
+  float* out;           // [N, out_height, out_width, outputs]
+  int64_t height, width, channels, padding_y, padding_x;
+  int64_t out_height, out_width, outputs;
+  int64_t block;  // tiles at a time, at most
+  float low, high;
+
+  int64_t tiles_y() const { return (out_height + kTile - 1) / kTile; }
+  int64_t tiles_x() const { return (out_width + kTile - 1) / kTile; }
+  int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
+  WinogradTile tile(int64_t i) const { return {i / tiles_x() / tiles_y(), i / tiles_x() % tiles_y(), i % tiles_x()}; }
+  int64_t scratch() const { return 36 * block * (channels + panels() * kPanel); }  // floats
+};
+
 struct Kernels {
   const char* tier;
   void (*channel_sums[4][3])(const Reduction& reduction, int64_t begin, int64_t end);        // items; [Dtype][Op]
   void (*random_gradient)(const RandomGradient& task, int64_t begin, int64_t end);           // samples
   void (*normalize_gradient[4])(const NormalizeGradient& task, int64_t begin, int64_t end);  // samples; [Dtype]
   void (*clamp_backward[4])(const ClampBackward& task, int64_t begin, int64_t end);          // items; [Dtype]
+  void (*winograd)(const Winograd& task, int64_t begin, int64_t end, float* scratch);        // tiles
 };
 
 namespace baseline {

@@ -4,6 +4,7 @@
 #include "dispatch.h"
 #include "normalize_gradient.h"
 #include "random_gradient.h"
+#include "winograd.h"
 
 namespace fastscore::cpu::FASTSCORE_TIER {
 
@@ -15,6 +16,7 @@ const Kernels kernels = {
     random_gradient,
     {normalize_gradient<float>, normalize_gradient<double>, normalize_gradient<bf16>, normalize_gradient<fp16>},
     {clamp_backward<float>, clamp_backward<double>, clamp_backward<bf16>, clamp_backward<fp16>},
+    winograd,
 };
 
 }  // namespace fastscore::cpu::FASTSCORE_TIER

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.fastpath import cudnn_layers, packed_layers
+from fastscore.fastpath import cudnn_layers, packed_layers, winograd
 from fastscore.fastpath.deferred import Work, computed, deferred
 from fastscore.fastpath.done_ahead import DoneAhead
 from fastscore.fastpath.fused_taps import clamped, packed
@@ -22,6 +22,7 @@ from fastscore.taps.taps import Taps
 
 LAYERS = (nn.Conv2d, nn.Linear, SequenceFirstLinear, ProjectionLinear)  # exact types, as the others
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+CONVOLUTIONS = (packed_layers.Convolution, winograd.Convolution)
 CLAMPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 
 
@@ -33,7 +34,8 @@ class FusedLayers:
     sums: module -> the bounds of the clamp that alone reads the sum which alone reads the module's output.
     relus: modules whose output a ReLU alone reads that is no module. ahead: where clamps that layers have taken wait
     for the modules that they are.
-    packed: Conv2d and Linear -> the clamp that they end in, or None. added: those that have waited for what is added to
+    packed: Conv2d and Linear -> the clamp that they end in, or None. winograd: of these, the convolutions that take a
+    quarter of the products. added: those that have waited for what is added to
     their output, and taken the ReLU of the sum. not_packed: those that run as they are -> why.
     """
 
@@ -41,6 +43,7 @@ class FusedLayers:
                  inputs: Mapping[str, tuple[int, ...]], sums: Mapping[str, ClampBounds],
                  relus: Collection[str], ahead: DoneAhead) -> None:
         self.packed: dict[str, ClampBounds | None] = {}
+        self.winograd: set[str] = set()
         self.added: set[str] = set()
         self.not_packed: dict[str, str] = {}
         self._taps: Taps = weakref.proxy(taps)  # which hold the model, whose layers hold what is made here
@@ -62,9 +65,11 @@ class FusedLayers:
                     continue
                 self.packed[name] = clamp
                 layer = _fast(module, inputs[name], clamp, name not in taps.points)  # where a tap sees NaN
+                if isinstance(layer, winograd.Convolution):
+                    self.winograd.add(name)
                 if sums.get(name) == RELU and clamp is None and packed_layers.adds(layer):
                     self._replace(module, "forward", self._deferred_forward(self._with_addition(name, layer)))
-                elif name in relus and clamp is None and isinstance(layer, packed_layers.Convolution):
+                elif name in relus and clamp is None and isinstance(layer, CONVOLUTIONS):
                     self._replace(module, "forward", self._deferred_forward(self._with_relu(name, layer)))
                 else:
                     self._run(name, module, layer, clamp)
@@ -91,6 +96,7 @@ class FusedLayers:
         self._changed.clear()
         self.not_packed |= dict.fromkeys(self.packed, reason)
         self.packed.clear()
+        self.winograd.clear()
         self.added.clear()
 
     def _replace(self, module: nn.Module, name: str, function: Callable[[Tensor], Tensor]) -> None:
@@ -127,7 +133,7 @@ class FusedLayers:
 
         return Work(name, partial(self._unclamped, layer), add=add)
 
-    def _with_relu(self, name: str, layer: packed_layers.Convolution) -> Work:
+    def _with_relu(self, name: str, layer: packed_layers.Convolution | winograd.Convolution) -> Work:
         """The code calls a ReLU behind it that is no module, and takes what this has made with one."""
         rectified = layer.rectified()
 
@@ -205,6 +211,8 @@ def _fast(layer: Any, shape: tuple[int, ...], clamp: ClampBounds | None, keeps_n
     """`layer`, for which `_why_not` has no reason, for inputs of `shape`."""
     if cudnn_layers.available(layer, clamp):
         return cudnn_layers.Convolution(layer)
+    if winograd.takes(layer, shape[2:]):
+        return winograd.Convolution(layer, clamp)
     return packed_layers.Convolution(layer, shape[2:], clamp, keeps_nan) if type(layer) is nn.Conv2d else \
         packed_layers.Linear(layer.weight, layer.bias, clamp, keeps_nan)
 

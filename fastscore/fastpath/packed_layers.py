@@ -108,11 +108,11 @@ class Convolution:
         weight = layer.weight.detach()
         slow = layer.groups == layer.in_channels and weight.dtype == torch.bfloat16
         self.transposed = min(self.backward_padding) < 0 or (self.spread_first and not slow)
-        flipped = weight if self.transposed else _flipped(weight, self.groups)
+        back = weight if self.transposed else flipped(weight, self.groups)
         backward_size = self._unstrided(size) if self.spread_first and not self.transposed else \
             [(each - 1) // s + 1 for each, s in zip(self._unstrided(size), self.stride, strict=True)]
         self.weight = _PrepackedWeight(weight, self._prepack_forward, layer.in_channels, size)
-        self.backward_weight = _PrepackedWeight(flipped, self._prepack_backward, layer.out_channels, backward_size,
+        self.backward_weight = _PrepackedWeight(back, self._prepack_backward, layer.out_channels, backward_size,
                                                 self.transposed)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class Convolution:
         return wide
 
 
-def _flipped(weight: Tensor, groups: int) -> Tensor:
+def flipped(weight: Tensor, groups: int) -> Tensor:
     """[C_out, C_in / groups, H, W] -> [C_in, C_out / groups, H, W], each kernel turned by 180 degrees."""
     if groups > 1:
         of_groups: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
@@ -193,8 +193,8 @@ def _flipped(weight: Tensor, groups: int) -> Tensor:
         for at, tap in enumerate(reversed(taps.unbind())):
             turned[:, at] = tap
         taps = turned
-    flipped: Tensor = taps.view(inputs, *kernel, outputs).permute(0, 3, 1, 2)
-    return flipped
+    back: Tensor = taps.view(inputs, *kernel, outputs).permute(0, 3, 1, 2)
+    return back
 
 
 def adds(layer: Layer) -> bool:

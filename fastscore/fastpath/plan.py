@@ -32,10 +32,11 @@ class Plan(tables.Table):
     taps: where each stands. folded: BatchNorm -> the layer that it was folded into. not_folded: BatchNorm -> why it was
     not. packed: layers whose weights were prepacked for both directions, or that cuDNN fuses with their ReLU -> the
     bounds of the clamp (ReLU, ...) that they end in, or None. not_packed: Conv2d and Linear that run as they are ->
-    why. added: packed layers that do the addition behind them, too, and the ReLU behind that. precision: of the forward
-    and backward pass; sums are float32 or wider. layout: of the activations in memory. compiled: whether torch.compile
-    has made the forward and backward pass. kernels: what measures at the taps, and why that where it is not what would
-    be fastest. graph: how many CUDA graphs ran it, or why none did; empty for a plan that has not run.
+    why. winograd: packed convolutions that take a quarter of the products. added: packed layers that do the addition
+    behind them, too, and the ReLU behind that. precision: of the forward and backward pass; sums are float32 or wider.
+    layout: of the activations in memory. compiled: whether torch.compile has made the forward and backward pass.
+    kernels: what measures at the taps, and why that where it is not what would be fastest. graph: how many CUDA graphs
+    ran it, or why none did; empty for a plan that has not run.
     """
 
     taps: tuple[PlannedTap, ...]
@@ -43,6 +44,7 @@ class Plan(tables.Table):
     not_folded: Mapping[str, str] = field(default_factory=dict)
     packed: Mapping[str, ClampBounds | None] = field(default_factory=dict)
     not_packed: Mapping[str, str] = field(default_factory=dict)
+    winograd: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     precision: str = "float32"
     layout: str = "contiguous"
@@ -65,6 +67,7 @@ class Plan(tables.Table):
                 f"{counted(len(self.taps), 'tap reads', 'taps read')} {every / 2**20:.2f} MiB for each sample; "
                 f"{counted(len(self.folded), 'BatchNorm')} folded; {counted(len(self.packed), 'layer')} packed, "
                 f"{sum(bounds is not None for bounds in self.packed.values())} of them with a clamp"
+                + f", {len(self.winograd)} by Winograd's algorithm" * bool(self.winograd)
                 + f", {len(self.added)} with an addition and a ReLU" * bool(self.added))
 
     @property

@@ -77,10 +77,12 @@ class Prepared:
         seen = self.observation
         taps = tuple(planned_tap(layer, self.taps.points[layer], self.taps.axes.of(layer), shapes[0], seen.samples,
                                  self.dtype) for layer, shapes in seen.shapes.items())
-        packed, not_packed, added = ({}, {}, set()) if self.layers is None else \
-            (self.layers.packed, self.layers.not_packed, self.layers.added)
+        layers = self.layers
+        packed, not_packed, quarter, added = ({}, {}, set(), set()) if layers is None else \
+            (layers.packed, layers.not_packed, layers.winograd, layers.added)
         return Plan(taps, self.folding.folded, self.folding.not_folded, packed, not_packed,
-                    tuple(name for name in packed if name in added), described(self.dtype, seen.output.device),
+                    tuple(name for name in packed if name in quarter), tuple(name for name in packed if name in added),
+                    described(self.dtype, seen.output.device),
                     "channels_last" if self.channels_last else "contiguous", self.compiled,
                     serving(seen.output.device))
 

@@ -90,6 +90,13 @@ def _normalize_gradient(g: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     return torch.empty_like(g), g.new_empty((g.shape[0],), dtype=result_dtype(g.dtype))
 
 
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, padding_y: int, padding_x: int, low: float,
+              high: float) -> Tensor:
+    samples, _, height, width = x.shape
+    return x.new_empty((samples, outputs, height + 2 * padding_y - 2, width + 2 * padding_x - 2)
+                       ).contiguous(memory_format=torch.channels_last)
+
+
 _FAKES: dict[str, Callable[..., object]] = {
     "channel_sums": _channel_sums,
     "channel_dot": _channel_dot,
@@ -97,6 +104,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "clamp_backward_": _clamp_backward_,
     "random_gradient": _random_gradient,
     "normalize_gradient": _normalize_gradient,
+    "winograd": _winograd,
 }
 
 

@@ -51,7 +51,7 @@ def test_the_widest_tier_is_the_default():
 @pytest.mark.parametrize("tier", TIERS if "FASTSCORE_NIGHTLY" in os.environ else TIERS[:1])
 def test_tier(tier):
     kernels = [str(HERE / f"test_{op}.py") for op in ("channel_sums", "random_gradient", "normalize_gradient",
-                                                     "clamp_backward")]
+                                                     "clamp_backward", "winograd")]
     if tier == library.simd_tier():
         kernels = []  # the tests of this very process
     left_out = () if "FASTSCORE_NIGHTLY" in os.environ else ("-k", "not threads_change and not over_every_uniform")

@@ -168,6 +168,58 @@ void random(const Kernels& kernels, int64_t classes) {
   }
 }
 
+// Kernels of ones on ones: each output is the number of weights that lie on an image, times the channels.
+void winograd(const Kernels& kernels, int64_t channels, int64_t outputs, int64_t height, int64_t width,
+              int64_t padding) {
+  Winograd task{};
+  task.height = height;
+  task.width = width;
+  task.channels = channels;
+  task.padding_y = task.padding_x = padding;
+  task.out_height = height + 2 * padding - 2;
+  task.out_width = width + 2 * padding - 2;
+  task.outputs = outputs;
+  task.block = 5;
+  task.low = -1;
+  task.high = float(9 * channels);  // bias goes beyond it
+  constexpr int64_t kSamples = 3;
+  const auto in = ones(kSamples * height * width * channels, 0), bias = ones(outputs, 0);
+  std::unique_ptr<float[]> weight(new float[36 * task.panels() * channels * kPanel]),
+      out(new float[kSamples * task.out_height * task.out_width * outputs]);
+  double ones_at[6] = {};  // G times three ones
+  const double points[] = {0, 2. / 3, -2. / 3, 1.5, -1.5};
+  for (int i = 0; i < 5; ++i) {
+    double others = 1;
+    for (int j = 0; j < 5; ++j) others *= i == j ? 1 : points[i] - points[j];
+    ones_at[i] = (1 + points[i] + points[i] * points[i]) / others;
+  }
+  ones_at[5] = 1;
+  const int64_t of_product = task.panels() * channels * kPanel;
+  for (int64_t i = 0; i < 36 * of_product; ++i) {
+    weight[i] = float(ones_at[i / of_product / 6] * ones_at[i / of_product % 6]);
+  }
+  task.in = reinterpret_cast<const float*>(in.get());
+  task.weight = weight.get();
+  task.bias = reinterpret_cast<const float*>(bias.get());
+  task.out = out.get();
+  in_parallel(kSamples, [&](int64_t begin, int64_t end) {
+    const int64_t tiles = task.tiles_y() * task.tiles_x();
+    std::unique_ptr<float[]> scratch(new float[task.scratch()]);
+    kernels.winograd(task, begin * tiles, end * tiles, scratch.get());
+  });
+  const auto covered = [padding](int64_t at, int64_t size) {
+    int64_t count = 0;
+    for (int64_t tap = 0; tap < 3; ++tap) count += at + tap >= padding && at + tap < size + padding;
+    return count;
+  };
+  for (int64_t i = 0; i < kSamples * task.out_height * task.out_width * outputs; ++i) {
+    const int64_t x = i / outputs % task.out_width, y = i / outputs / task.out_width % task.out_height;
+    const double sum = double(covered(y, height) * covered(x, width) * channels) + 1;
+    const double clamped = sum < task.high ? sum : task.high;
+    require(std::abs(out[i] - clamped) < 1e-4 * double(task.high), "winograd", kernels.tier, 0);
+  }
+}
+
 int main() {
 #ifdef ONLY_TIER
   std::vector<const Kernels*> tiers{&ONLY_TIER::kernels};
@@ -208,6 +260,9 @@ int main() {
       }
     }
     for (const int64_t classes : {1, 3, 127, 128, 129, 1000}) random(*kernels, classes);
+    for (const int64_t padding : {0, 1, 2}) {
+      for (const int64_t size : {3, 6, 13}) winograd(*kernels, 19, 37, size, size + 1, padding);
+    }
     std::printf("%s: %zu layouts\n", kernels->tier, layouts.size());
   }
 }

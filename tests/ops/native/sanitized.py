@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> int:
                        # what Python and PyTorch leave at exit is not our concern
                        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
         tests = arguments or [str(ROOT / "tests" / "ops" / f"test_{subject}.py") for subject in
-                              ("channel_sums", "normalize_gradient", "random_gradient", "clamp_backward", "fuzz")]
+                              ("channel_sums", "normalize_gradient", "random_gradient", "clamp_backward", "winograd",
+                               "fuzz")]
         return subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o",
                                f"pythonpath={name}", *tests], env=environment, cwd=name, check=False).returncode
 
