@@ -59,6 +59,13 @@ def _mpnet() -> nn.Module:
         max_position_embeddings=16))
 
 
+def _falcon() -> nn.Module:
+    """Whose queries share one head of keys and values, which stays."""
+    return transformers.FalconForCausalLM(transformers.FalconConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=4, vocab_size=50, multi_query=True, bos_token_id=1,
+        eos_token_id=2, use_cache=False))
+
+
 # name -> (model, batch, group, shapes of parameters after half of the heads are gone)
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str, dict[str, tuple[int, ...]]]] = {
     "BEiT": (_beit, PIXELS, "beit.layers.0.attention.q_proj",
@@ -73,6 +80,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str, dict[str, 
     "MPNet": (_mpnet, TOKENS, "mpnet.encoder.layer.0.attention.attn.q",
               {"mpnet.encoder.relative_attention_bias.weight": (32, 2),
                "mpnet.encoder.layer.1.attention.attn.k.weight": (8, 16)}),
+    "Falcon": (_falcon, TOKENS, "transformer.h.0.self_attention.query_key_value",
+               {"transformer.h.0.self_attention.query_key_value.weight": (16, 16)}),
     "ModernBERT": (_modernbert, TOKENS, "model.layers.0.attn.Wqkv", {"model.layers.0.attn.Wqkv.weight": (24, 16)}),
 }
 

@@ -47,7 +47,8 @@ SIDES = ("heads", f"heads{COUNTS_ALONE}", f"heads{OWN_ALONE}")
 _TENSORS = {"in_proj_weight": (0, 3), "in_proj_bias": (0, 3), "q_proj_weight": (0, 1), "k_proj_weight": (0, 1),
             "v_proj_weight": (0, 1), "bias_k": (2, 1), "bias_v": (2, 1), "q_bias": (0, 1), "k_bias": (0, 1),
             "v_bias": (0, 1), "relative_position_bias_table": (1, 1), "logit_scale": (0, 1),
-            "temperature": (0, 1)}
+            "temperature": (0, 1), "sinks": (0, 1)}
+_ONE_EACH = ("logit_scale", "temperature", "sinks")  # of these, one number a head: as many as there are heads
 PROJECTIONS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -106,11 +107,14 @@ def remove(module: nn.Module, index: Tensor, apart: Collection[str] = (), which:
     """
     for handle in multihead_attention.replace_attention(module):  # PyTorch's own cannot be narrower than its embedding
         handle.make_permanent()
-    config, total = _config_read(module), total_of(module)
+    config = _config_read(module)
+    held = [name for name in tensors(module) if name not in apart]
+    total = total_of(module) or next((getattr(module, name).shape[_TENSORS[name][0]] for name in held
+                                      if name in _ONE_EACH), None)
     if total is None:
         return  # it takes as many heads as its layers make
     kept = staying(total, index)
-    for name in [name for name in tensors(module) if name not in apart]:
+    for name in held:
         dim, times = _TENSORS[name]
         old = getattr(module, name)
         rows = torch.arange(old.shape[dim]).reshape(times, total, -1)[:, kept].flatten()
@@ -118,11 +122,17 @@ def remove(module: nn.Module, index: Tensor, apart: Collection[str] = (), which:
         setattr(module, name, nn.Parameter(new, old.requires_grad) if name in module._parameters else new)
     for child, name in [*_kept(module, which)]:
         owner = module.get_submodule(child)
-        setattr(owner, name, getattr(owner, name) * len(kept) // total)
+        setattr(owner, name, _of_fewer(getattr(owner, name), total, len(kept)))
     if config is not None:
         module.config = NarrowedConfig(config, {  # type: ignore[assignment]
-            name: value * len(kept) // total for name in (*own_width.COUNTS, *_KEY_COUNTS)
+            name: _of_fewer(value, total, len(kept)) for name in (*own_width.COUNTS, *_KEY_COUNTS)
             if isinstance(value := getattr(config, name, None), int)})
+
+
+def _of_fewer(value: int, total: int, left: int) -> int:
+    """A number that goes down with the heads, of which `left` stay of `total`; keys and values of all queries are one
+    head, as long as there are any."""
+    return value * left // total or min(value, left)
 
 
 def narrow(module: nn.Module, dims: int) -> None:

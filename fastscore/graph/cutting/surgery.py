@@ -118,8 +118,8 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
             narrow(layer, side.removeprefix(SIDE), len(index))
             continue
         if side in heads.SIDES:
-            apart = [key for key in heads.PROJECTIONS if
-                     (f"{name}.{key.replace('bias', 'weight')}", "outputs") in indices]  # a bias goes with its weight
+            apart = [key for key in heads.tensors(layer) if any((f"{name}.{key}".lstrip("."), dim) in indices for dim in
+                     _DIMS) or (f"{name}.{key.replace('bias', 'weight')}", "outputs") in indices]  # with its weight
             heads.remove(layer, index, apart, side.removeprefix("heads"))
             continue
         surgeon = surgeons[name]

@@ -33,7 +33,8 @@ _POSITIONS = ("cpb_mlp.2", "self.continuous_position_bias_mlp.2", "relative_atte
               "global_relative_attention_bias")
 _TABLES = {"relative_position_bias_table": 1, "logit_scale": 0}  # parameters of a child -> where heads lie in them
 # queries, keys and values of other tokens, which are attended to together with the first, and what reads their heads
-_ADDED, _ADDED_OUTPUTS = ("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)
+_ADDED = (("add_q_proj", "add_k_proj", "add_v_proj"), ("self.query_global", "self.key_global", "self.value_global"))
+_ADDED_OUTPUTS = ("to_add_out",)
 _BASE = "base_layer"  # a child of PEFT's adapters, and what they have beside it
 _BESIDE: Mapping[str, str] = {"producer": "lora_B", "consumer": "lora_A"}
 _OUTPUT_ALONE = "out_proj"  # of a module that holds the other projections itself, as nn.MultiheadAttention does
@@ -220,8 +221,9 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
                 continue
             once = _rows(shared, width, count // shared)
             rows = {query: torch.arange(count * width), key: once, value: once}
-            rows |= {added: rows[layer] for layer, added in zip((query, key, value), _ADDED, strict=True)
-                     if (beside := _linear(module, added)) is not None and beside.out_features == len(rows[layer])}
+            added = [pair for three in _ADDED for pair in zip((query, key, value), three, strict=True)]
+            rows |= {beside: rows[layer] for layer, beside in added if (
+                more := _linear(module, beside)) is not None and more.out_features == len(rows[layer])}
             outputs = [layer for layer in _ADDED_OUTPUTS if (
                 beside := _linear(module, layer)) and beside.in_features == count * width]
             yield _Guess(name, _group(query, rows | _biases(module, count, width), output, count, shared, width,
