@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from computed_elsewhere import computed_elsewhere
 from network_modules import Head
-from networks import NETWORKS, straight
+from networks import NETWORKS, REARRANGED, straight
 from oracles import untouched
 from torch import Tensor, nn
 
@@ -21,13 +21,14 @@ from fastscore.graph.groups import Ignore
 from fastscore.graph.tracing import trace
 
 
-@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize("name", [*NETWORKS, *REARRANGED])
 def test_groups_are_those_written_by_hand(name: str) -> None:
-    network = NETWORKS[name]
+    network = (NETWORKS | REARRANGED)[name]
     model = network.model().train()
     with untouched(model):
         graph = trace(model, network.inputs())
     assert {group.name for group in graph.groups} == set(network.groups)
+    assert network.skipped <= set(graph.skipped)
     for group in graph.groups:
         spec = network.groups[group.name]
         assert group.channels == spec.channels
