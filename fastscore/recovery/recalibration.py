@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastscore.arguments import check_callable
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.checks import check_iterable
 from fastscore.batches.not_finite import naming_samples
@@ -48,6 +49,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch], *, forward: Forward 
         In either case the model is as it was.
     """
     check_iterable(batches, "batches")
+    check_callable("forward", forward, "forward(model, batch)")
     if not running_norms(unwrapped(model)):
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm that keeps running statistics: there is "
                          "nothing to recalibrate")

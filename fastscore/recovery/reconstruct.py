@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore.arguments import check_number
+from fastscore.arguments import check_callable, check_number
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.not_finite import naming_samples
 from fastscore.batches.parts import Batch
@@ -108,6 +108,7 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
     if not hasattr(result, "removed_indices"):
         raise TypeError(f"result: {type(result).__name__}; give what fastscore.prune returned, not its model alone")
     ridges = _checked(ridges)
+    check_callable("forward", forward, "forward(model, batch)")
     model = unwrapped(model)
     device = device_of(model)
     check_batches(batches, "batches")
@@ -206,7 +207,9 @@ class _Bench:
                 batches = self._calibration.part(part)
                 for batch in self._kept.pass_over(batches, part, {**inputs.moments, "": self._outputs}):
                     inputs.start(batch)
-                    output = self._run(self._eval_model, batch)
+                    with naming_argument(f"{self._seen.name}: the model cannot take its batches", self._eval_model,
+                                         self._forward, batch):
+                        output = self._run(self._eval_model, batch)
                     if judges:
                         self._outputs.rows.append({name: each.cpu() for name, each in output.items()})
             inputs.finish(self._group)

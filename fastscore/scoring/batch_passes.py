@@ -14,6 +14,7 @@ from fastscore.batches.parts import Batch, first_input
 from fastscore.fastpath.graphs import Graphs
 from fastscore.fastpath.prepare import Prepared
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.refused_batches import naming_argument
 from fastscore.scoring import gradients, tokens
 from fastscore.scoring.options import Probes
 from fastscore.scoring.pending import Flags, Pending, largest
@@ -62,11 +63,17 @@ class BatchPasses:
     def measure(self, totals: Totals, batch: Batch, number: int = 0) -> int:
         """Add what the taps measure of a batch, `number` among all, to `totals`; the number of its samples.
 
-        Raises FloatingPointError, naming the layer, for NaN or infinity, ValueError for a loss that is not finite: of
-        this batch where it is looked at at once, else of the one before. Nothing of either is added then.
+        Raises ValueError for a batch that the model cannot take; FloatingPointError, naming the layer, for NaN or
+        infinity, ValueError for a loss that is not finite: of this batch where it is looked at at once, else of the one
+        before. Nothing of either is added then.
         """
         state: Hashable = totals.next_half
-        measured, replayed = self._graphs.run(lambda each: self._measure(totals, each), batch, Measured.copied, state)
+        try:
+            measured, replayed = self._graphs.run(lambda each: self._measure(totals, each), batch, Measured.copied,
+                                                  state)
+        except Exception:
+            self._refuse(batch)
+            raise
         totals.append(measured.passes)
         previous, self._last = self._last, _Launched(totals, batch, number, Flags(measured.numbers),
                                                      len(measured.passes), replayed)
@@ -102,6 +109,13 @@ class BatchPasses:
                 for probe in range(count):
                     totals.probe(taps, output, last=probe == count - 1)
         return Measured(len(output), torch.stack([most, loss]), passes)
+
+    def _refuse(self, batch: Batch) -> None:
+        """Raise ValueError where the model's own code cannot take a batch: its layers are named, and not those that
+        stand in for them."""
+        model, said = evaluation_copy(self._model), "batches: the model cannot take its batches"
+        with torch.no_grad(), naming_argument(said, model, self._forward, batch):
+            self._forward(model, batch)
 
     def _check(self, launched: _Launched | None) -> None:
         if launched is None:

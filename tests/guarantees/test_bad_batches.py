@@ -89,10 +89,11 @@ def test_a_batch_the_model_cannot_take(x: Tensor) -> None:
 
 
 def test_a_later_batch_of_another_shape() -> None:
-    """Flattened, the positions of another image size do not fit; the loop ends with PyTorch's own error."""
+    """Flattened, the positions of another image size do not fit; the user's layer is named, and not what stands in."""
     network = NETWORKS["flattening"]
     model, x = network.model(), torch.randn(2, 3, 10, 10).double()
-    refused(RuntimeError, "shapes cannot be multiplied", model, lambda: score(model, [network.inputs(2), x]))
+    refused(ValueError, r"^batches: .*\[2, 3, 10, 10\]: 4 \(Linear\): .*shapes cannot be multiplied", model,
+            lambda: score(model, [network.inputs(2), x]))
 
 
 def test_scores_of_image_sizes_that_the_graph_takes() -> None:
@@ -223,14 +224,23 @@ MISFITS: dict[str, tuple[Any, str]] = {
     "meta": (MANY.to("meta"), r"meta device, which holds no values")}
 
 
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("misfit", MISFITS)
 @pytest.mark.parametrize("take", TAKE_BATCHES)
-def test_a_batch_that_the_model_cannot_run_on(take: str, misfit: str) -> None:
-    """The argument, the layer and the way out are named, whoever runs the model."""
+def test_a_batch_that_the_model_cannot_run_on(take: str, misfit: str, first: bool) -> None:
+    """The argument, the layer and the way out are named, whoever runs the model, wherever the batch comes."""
     bad, said = MISFITS[misfit]
     name = "held_out" if "held_out" in take else "calibration" if take == "prune" else "batches"
-    if take in ("score", "prune_iteratively", "compare"):  # which trace it first
+    if first and take in ("score", "prune_iteratively", "compare"):  # which trace it first
         said = r"stem.0 \(Conv2d\): RuntimeError" if misfit in ("channels", "labels") else said
     model = trained()
     with untouched(model), pytest.raises((ValueError, TypeError), match=rf"{name}\b.*: .*{said}"):
-        TAKE_BATCHES[take](model, [bad, bad])
+        TAKE_BATCHES[take](model, [bad, bad] if first else [MANY, bad])
+
+
+@pytest.mark.parametrize("take", [fastscore.recalibrate, lambda model, batches, forward: fastscore.reconstruct(
+    model, _pruned(), batches, forward=forward)], ids=["recalibrate", "reconstruct"])
+def test_what_cannot_be_called_is_no_matter_of_the_batches(take: Callable[..., Any]) -> None:
+    model = trained()
+    refused(TypeError, r"^forward: 3, where a function forward\(model, batch\) is meant", model,
+            lambda: take(model, [X], forward=3))
