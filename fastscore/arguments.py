@@ -4,6 +4,7 @@ functions refuse alike."""
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 
@@ -31,9 +32,20 @@ def check_flag(argument: str, value: object) -> None:
 
 
 def check_callable(argument: str, value: object, call: str) -> None:
-    """Raise TypeError, naming the argument and how it is called, where `value` cannot be called."""
+    """Raise TypeError, naming the argument and how it is called, where `value` cannot be called, or makes an object
+    when it is."""
+    if isinstance(value, type):
+        raise TypeError(f"{argument}: the class {value.__name__}, where a function {call} is meant; an object of it: "
+                        f"{value.__name__}()")
     if not callable(value):
         raise TypeError(f"{argument}: {value!r:.80}, where a function {call} is meant")
+
+
+def check_path(argument: str, value: object, otherwise: str = "") -> None:
+    """Raise TypeError, naming the argument, and what to do `otherwise`, where `value` is no path."""
+    if not isinstance(value, (str, PathLike)):
+        raise TypeError(f"{argument}: {type(value).__name__}, where a path is meant, as text or a pathlib.Path"
+                        f"{otherwise}")
 
 
 @contextmanager

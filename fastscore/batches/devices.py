@@ -77,8 +77,14 @@ def wide(x: Tensor) -> Tensor:
 
 
 def rank_and_size(process_group: distributed.ProcessGroup | None) -> tuple[int, int]:
-    """(the number of this process among those that share the work, how many they are); (0, 1) of one alone."""
-    return (0, 1) if process_group is None else (distributed.get_rank(process_group), process_group.size())
+    """(the number of this process among those that share the work, how many they are); (0, 1) of one alone. Raises
+    TypeError for what is no group."""
+    if process_group is None:
+        return 0, 1
+    if not isinstance(process_group, distributed.ProcessGroup):
+        raise TypeError(f"process_group: {process_group!r:.80}, where a torch.distributed.ProcessGroup is meant, such "
+                        "as torch.distributed.group.WORLD after init_process_group()")
+    return distributed.get_rank(process_group), process_group.size()
 
 
 def usable(tensor: Tensor) -> Tensor:

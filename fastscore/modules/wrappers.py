@@ -38,7 +38,20 @@ def _nearest(other: object) -> str:
         for key, value in other.items():
             if isinstance(value, nn.Module):
                 return f"; its [{key!r}] is one"
-    return "; build it, and load_state_dict(the weights)" if isinstance(other, (Mapping, str, PathLike)) else ""
+    weights = isinstance(other, (Mapping, str, PathLike)) and not type(other).__module__.startswith("fastscore.")
+    return "; build it, and load_state_dict(the weights)" if weights else ""
+
+
+def check_filled(model: nn.Module) -> None:
+    """Raise ValueError where parameters or buffers have no shape yet, or parameters hold no values."""
+    for owner, module in model.named_modules():
+        for key, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+            name = f"{owner}.{key}".lstrip(".")
+            if tensor is not None and is_lazy(tensor):
+                raise ValueError(f"model: {name} ({type(module).__name__}) has no shape before the model has run: call "
+                                 "it once, model(batch), first")
+            if isinstance(tensor, nn.Parameter) and tensor.is_meta:
+                raise ValueError(f"model: {name} is on the meta device, which holds no values: load the weights first")
 
 
 @contextmanager
@@ -79,18 +92,11 @@ def check_whole(model: nn.Module) -> None:
     if _is_program(model):
         raise TypeError(f"model: {type(model).__name__}, which torch.export made, has no layers that could be measured "
                         "or made smaller: pass the nn.Module that it was made from, and export the smaller one")
-    for owner, module in model.named_modules():
-        for key, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
-            if tensor is not None and is_lazy(tensor):
-                name = f"{owner}.{key}".lstrip(".")
-                raise ValueError(f"model: {name} ({type(module).__name__}) has no shape before the model has run: call "
-                                 "it once, model(batch), first")
+    check_filled(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or parameter.is_inference():
-            raise ValueError(f"model: {name} " + (
-                "is on the meta device, which holds no values: load the weights first" if parameter.is_meta else
-                "was made under torch.inference_mode, of which no gradient can be taken: make the model outside of it, "
-                "or under torch.no_grad"))
+        if parameter.is_inference():
+            raise ValueError(f"model: {name} was made under torch.inference_mode, of which no gradient can be taken: "
+                             "make the model outside of it, or under torch.no_grad")
     for name, module in model.named_modules():
         if name and "dynamo_ctx" in vars(module):
             raise ValueError(f"model: {name} is what torch.compile made of a part, whose layers are not seen when they "

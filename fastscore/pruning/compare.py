@@ -1,11 +1,13 @@
 """compare(): which criterion ranks best, at equal budgets, all repaired alike."""
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from fastscore.arguments import check_callable
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.not_finite import naming_samples
 from fastscore.batches.parts import Batch
@@ -118,9 +120,9 @@ def compare(model: nn.Module, batches: Iterable[Batch],
         TypeError: an option that there is none of.
     """
     check_options("compare", options)
-    named = dict(importances) if isinstance(importances, Mapping) else {name: name for name in importances}
-    if isinstance(importances, str) or not named:
-        raise ValueError(f"importances: {importances!r}; give a sequence of names, such as ['taylor-sq']")
+    named = _named(importances)
+    if evaluate is not None:
+        check_callable("evaluate", evaluate, "evaluate(model)")
     macs = None if params is not None or channels is not None else macs
     budgets_of(macs, params, channels)  # before anything is scored
     fit, judges = split(batches, held_out, HELD_OUT, "batches")
@@ -138,3 +140,23 @@ def compare(model: nn.Module, batches: Iterable[Batch],
     note = (f"{'not repaired' if repair is None else f'all repaired alike ({repair})'}; "
             + judged_by(decisions, f"{'no repair has' if given else 'neither score nor repair have'} seen", mixed))
     return Comparison(curves, note)
+
+
+def _named(importances: object) -> dict[str, Any]:
+    """Name -> an importance, options of score(), or scores. Raises ValueError for none, or one alone, TypeError for
+    something else."""
+    if not isinstance(importances, Iterable) or isinstance(importances, Scores):
+        raise TypeError(f"importances: {importances!r:.80}, where several are meant: names, such as ['taylor-sq'], or "
+                        "a dict of names, options of fastscore.score or scores")
+    named = dict(importances) if isinstance(importances, Mapping) else {name: name for name in importances}
+    if isinstance(importances, str) or not named:
+        raise ValueError(f"importances: {importances!r}; give a sequence of names, such as ['taylor-sq']")
+    for name, how in named.items():
+        if not isinstance(how, (str, Mapping, Scores)):
+            raise TypeError(f"importances: {how!r:.80} for {name!r}, where a name, options of fastscore.score or "
+                            "scores are meant")
+        unknown = set(how) - inspect.signature(score).parameters.keys() if isinstance(how, Mapping) and \
+            not isinstance(how, Scores) else ()
+        if unknown:
+            raise TypeError(f"importances: {min(unknown)!r} for {name!r} is none of the options of fastscore.score")
+    return named

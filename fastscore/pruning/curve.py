@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastscore.arguments import check_number
+from fastscore.arguments import check_callable, check_number
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.checks import check_batch
 from fastscore.batches.not_finite import naming_samples
@@ -192,6 +192,8 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
         TypeError: batches that are none, an option that there is none of.
     """
     check_options("curve", options)
+    if evaluate is not None:
+        check_callable("evaluate", evaluate, "evaluate(model)")
     resource, budgets = budgets_of(macs, params, channels, latency)
     fit, judges = split(batches, held_out, HELD_OUT, "batches")
     if repair is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files, rng
-from fastscore.arguments import check_callable, check_whole
+from fastscore.arguments import check_callable, check_path, check_whole
 from fastscore.batches.calls import call_model
 from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
@@ -98,6 +98,8 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
     _check(batches, steps, schedule, options)
     if finetune is not None:
         check_callable("finetune", finetune, "finetune(model)")
+    if resume is not None:
+        check_path("resume", resume)
     shares = Budgets(channels, params, macs, latency).require_one("prune_iteratively").given
     model = unwrapped(model)
     device, seed = device_of(model), options.get("seed", 0)

@@ -73,7 +73,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float | PruneResult, exampl
     with ExitStack() as attached:
         with own_on_cpu():
             removed, handles = _prepared(unwrapped(model), scores, fraction, example_inputs, Ranking(scope),
-                                         resolve_compensate(compensate, scores), ignore, forward)
+                                         compensate, ignore, forward)
             attached.enter_context(uncompiled(model))
             for handle in handles:
                 attached.enter_context(handle)
@@ -81,10 +81,11 @@ def mask(model: nn.Module, scores: Scores, fraction: float | PruneResult, exampl
 
 
 def _prepared(model: nn.Module, scores: Scores, fraction: float | PruneResult, example_inputs: Batch,
-              ranking: Ranking, compensate: bool, ignore: Ignore, forward: Forward
+              ranking: Ranking, compensate: bool | None, ignore: Ignore, forward: Forward
               ) -> tuple[dict[str, Tensor], Iterator[RemovableHandle | Handle]]:
     """(what goes, the hooks that mask it, which are set one after the other). See mask."""
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
+    compensate = resolve_compensate(compensate, scores)
     eval_model = evaluation_copy(model)
     with fork_rng(device_of(eval_model)):
         costs = Costs(eval_model, graph.groups, example_inputs, forward, batch_dim=graph.samples.batch)

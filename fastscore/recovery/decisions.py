@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from fastscore.arguments import check_callable
 from fastscore.batches.calls import Forward, is_call_model
 from fastscore.batches.devices import wide
 from fastscore.batches.outputs import named_outputs
@@ -45,6 +46,7 @@ class Decisions:
     """
 
     def __init__(self, forward: Forward, outputs: JudgedOutputs = None) -> None:
+        check_callable("forward", forward, "forward(model, batch)")
         if isinstance(outputs, (str, int)):
             outputs = [outputs]
         self._how: Mapping[str | int, Judging] = outputs if isinstance(outputs, Mapping) else {}

@@ -94,12 +94,16 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
 
     Source: Hinton, Vinyals, Dean, arXiv 1503.02531.
     """
+    if isinstance(model, Pruned):
+        raise TypeError(f"model: {type(model).__name__}, which comes second, where the dense network is meant: "
+                        "distill(dense, result, batches) trains result.model")
     removed = smaller.removed_indices if isinstance(smaller, Pruned) else {}
     network = smaller.model if isinstance(smaller, Pruned) else smaller
     if network is smaller and (said := _swapped(unwrapped(model), unwrapped(network, "smaller"))):
         warnings.warn(said, stacklevel=4)
     _check(model, network, steps=steps, temperature=temperature, looks=looks, patience=patience, warmup=warmup,
-           clip=clip, feature_weight=feature_weight, precision=precision, loss=loss)
+           clip=clip, feature_weight=feature_weight, seed=seed, precision=precision, loss=loss)
+    check_callable("forward", forward, "forward(model, batch)")
     inner, wrapped = unwrapped(network, "smaller"), isinstance(network, DistributedDataParallel)
     group: Any = network.process_group if wrapped else process_group
     rank, size = rank_and_size(group)
@@ -156,6 +160,7 @@ _NUMBERS: Mapping[str, tuple[Callable[[str, object, str], None], Callable[[float
        for name in ("steps", "looks", "patience")},
     **{name: (check_number, lambda value: value > 0, "1.0", "; it must be above 0")
        for name in ("temperature", "clip")},
+    "seed": (check_whole, lambda value: abs(value) < 2**62, "0", "; it must be between -2**62 and 2**62"),
     "feature_weight": (check_number, lambda value: value >= 0, "1.0", "; it must be 0 or more"),
     "warmup": (check_number, lambda value: 0 <= value < 1, "0.05", " is outside [0, 1); it is a share of the steps"),
 }

@@ -22,6 +22,7 @@ from fastscore.progress import Bar
 from fastscore.recovery.decisions import Decisions
 from fastscore.recovery.divergence import Mixed, divergence, judged_by, mixed_of, names, rows
 from fastscore.recovery.features import FeatureMaps
+from fastscore.recovery.loss_targets import TargetsChecked
 from fastscore.recovery.optimizers import schedule
 from fastscore.recovery.training_batches import Position, TrainingBatches, on_device
 from fastscore.scoring.run_file import RunFile
@@ -98,7 +99,7 @@ class Objective:
     def __init__(self, own: Loss | None, temperature: float, maps: FeatureMaps, feature_weight: float,
                  judging: Decisions | None = None) -> None:
         self.own, self.temperature, self.maps, self.feature_weight = own, temperature, maps, feature_weight
-        self.judging = judging
+        self.judging, self._checked = judging, False
 
     def __call__(self, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self._of(got[name], expected[name], name in self.errors) for name in expected]).sum()
@@ -110,11 +111,16 @@ class Objective:
 
     def _of(self, got: Tensor, expected: Tensor, by_error: bool) -> Tensor:
         if self.own is not None:
-            with in_users_code(f"loss: called as loss(smaller's output, dense output), both {list(expected.shape)}"):
+            with in_users_code(f"loss: called as loss(smaller's output, dense output), both {list(expected.shape)}"), \
+                    nullcontext() if self._checked else TargetsChecked():
                 value = self.own(got, expected)
+            self._checked = True  # by what judges before the first step
             if not isinstance(value, Tensor) or value.numel() != 1:
                 shown = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"loss: it returned {shown}, where a scalar tensor is meant: its .mean(), say")
+            if torch.is_grad_enabled() and not value.requires_grad:
+                raise ValueError("loss: no gradient goes from what it returned to the smaller network's output, its "
+                                 "first argument: leave .detach(), .item() and no_grad out, and compute it from that")
             return value.reshape(())
         if by_error:
             wanted, got = rows(expected), rows(got)

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from fastscore.graph.cutting.surgery import RemovedIndices
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.narrower import staying
+from fastscore.wording import counted
 
 
 class FeatureMaps:
@@ -21,6 +22,8 @@ class FeatureMaps:
     """
 
     def __init__(self, dense: nn.Module, smaller: nn.Module, layers: Iterable[str], removed: RemovedIndices) -> None:
+        if not isinstance(layers, Iterable) or isinstance(layers, nn.Module):
+            raise TypeError(f"features: {layers!r:.80}, where names of modules are meant, such as [\"layer1\"]")
         self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
         self._networks, self._removed = (dense, smaller), removed
         self._kept: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
@@ -58,6 +61,10 @@ class FeatureMaps:
         index = self._removed.get((name, "outputs"))
         if index is not None:
             dim = channel_dim(layer)
+            if expected.shape[dim] != got.shape[dim] + len(index):
+                raise ValueError(f"features: {name} makes {counted(expected.shape[dim], 'channel')} in the dense "
+                                 f"network and {got.shape[dim]} in the smaller one, from which {len(index)} went: give the "
+                                 "network that went into prune() as the dense one")
             expected = expected.index_select(dim, staying(expected.shape[dim], index).to(expected.device))
         if expected.shape != got.shape:
             within = [part for part, _ in layer.named_modules(prefix=name) if (part, "outputs") in self._removed]
@@ -65,8 +72,8 @@ class FeatureMaps:
                              f"{list(got.shape)} in the smaller one: " + (
                                  "a PruneResult says what went of each convolution, Linear and normalisation, and "
                                  f"of no module around them: name one of them, such as {within[-1]}" if within else
-                                 "pass the PruneResult in place of its model, and name a convolution, a Linear or a "
-                                 "normalisation, of which it says what went"))
+                                 f"{'' if self._removed else 'pass the PruneResult in place of its model, and '}name a "
+                                 "convolution, a Linear or a normalisation, of which it says what went"))
         return expected
 
 

@@ -29,7 +29,13 @@ def make_optimizer(parameters: Iterable[nn.Parameter], optimizer: OptimizerName 
     if callable(optimizer):
         if lr is not None:
             raise ValueError("lr: an optimizer of your own brings its own; leave one of the two out")
-        return optimizer(trained)
+        own = optimizer(trained)
+        if not isinstance(own, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: it returned {type(own).__name__}, where a torch.optim.Optimizer is meant")
+        if {id(each) for group in own.param_groups for each in group["params"]}.isdisjoint(map(id, trained)):
+            raise ValueError("optimizer: it trains none of the parameters that it was given, those of the smaller "
+                             "network: make it of them, as in lambda parameters: torch.optim.SGD(parameters, lr=0.1)")
+        return own
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: {optimizer!r} is none of {', '.join(map(repr, OPTIMIZERS))}, and no function of "
                          "parameters")

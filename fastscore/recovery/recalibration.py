@@ -17,7 +17,7 @@ from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import evaluating
 from fastscore.modules.refused_batches import naming_argument
-from fastscore.modules.wrappers import unwrapped
+from fastscore.modules.wrappers import check_filled, unwrapped
 from fastscore.recovery.calibration import share_of
 from fastscore.rng import fork_rng
 
@@ -50,6 +50,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch], *, forward: Forward 
     """
     check_iterable(batches, "batches")
     check_callable("forward", forward, "forward(model, batch)")
+    check_filled(unwrapped(model))
     if not running_norms(unwrapped(model)):
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm that keeps running statistics: there is "
                          "nothing to recalibrate")

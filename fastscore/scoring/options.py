@@ -9,6 +9,7 @@ from torch import distributed
 
 from fastscore.arguments import check_flag, check_number, check_whole
 from fastscore.batches.checks import check_iterable
+from fastscore.batches.devices import rank_and_size
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.graph.scored_units import Units, named
 from fastscore.scoring.criteria import gradient_importance
@@ -105,12 +106,12 @@ class Persistence:
     @property
     def rank(self) -> int:
         """This process's number among those that share the work."""
-        return 0 if self.process_group is None else distributed.get_rank(self.process_group)
+        return rank_and_size(self.process_group)[0]
 
     @property
     def size(self) -> int:
         """How many processes share the work."""
-        return 1 if self.process_group is None else self.process_group.size()
+        return rank_and_size(self.process_group)[1]
 
     @property
     def compared(self) -> bool:

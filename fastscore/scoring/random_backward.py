@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from fastscore import fingerprints
+from fastscore.arguments import check_whole
 from fastscore.batches.parts import Batch, first_input
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.scoring import gradients
@@ -48,6 +49,8 @@ def random_backward(output: Tensor, inputs: Batch = None, *, seed: int = 0, prob
     if not isinstance(output, Tensor) or not output.is_floating_point():
         shown = f"a {output.dtype} tensor" if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(f"output: {shown}; a gradient starts from a floating-point tensor [N, ...], such as the logits")
+    check_whole("seed", seed, "0")
+    check_whole("probe", probe, "0")
     if output.dim() == 0:
         raise ValueError("output: it has no dimension, as a loss has; pass what the model returns, [N, ...]")
     if not output.requires_grad:

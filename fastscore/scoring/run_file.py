@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastscore import files
+from fastscore.arguments import check_path
 from fastscore.batches.parts import Batch
 from fastscore.fingerprints import digest_of
 
@@ -25,6 +26,7 @@ class RunFile:
 
     def __init__(self, path: str | PathLike[str], form: str, what: str, identity: Mapping[str, Any], rank: int = 0,
                  size: int = 1, device: torch.device | None = None) -> None:
+        check_path("resume", path)
         self._whole, self._form, self._what, self._identity = Path(path), form, what, identity
         self._size, self._device, self._next_save = size, device, 0.0
         self.path = self._whole if size == 1 else self._whole.with_name(f"{self._whole.name}.{rank}-of-{size}")

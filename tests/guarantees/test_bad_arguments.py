@@ -51,6 +51,26 @@ import fastscore
     *((lambda m, s, name=name: fastscore.distill(m, m, [X], progress=False, **{"steps": 1, name: "x"}), name)
       for name in ("steps", "temperature", "feature_weight", "warmup", "clip", "looks", "patience", "loss")),
     (lambda m, s: score(m, "x"), "batches"),
+    *((lambda m, s, name=name, value=value: fastscore.distill(m, RESIDUAL.model(), [X], **{"steps": 1, name: value}),
+       name) for name, value in (("seed", "x"), ("seed", None), ("loss", nn.MSELoss), ("features", None),
+                                 ("features", 3), ("forward", "x"), ("optimizer", lambda parameters: 3))),
+    (lambda m, s: fastscore.recalibrate(m, [X], forward="x"), "forward"),
+    *((lambda m, s, act=act: act(m, s, "group"), "process_group") for act in (
+        lambda m, s, group: score(m, process_group=group),
+        lambda m, s, group: fastscore.recalibrate(m, [X], process_group=group),
+        lambda m, s, group: fastscore.distill(m, RESIDUAL.model(), [X], process_group=group),
+        lambda m, s, group: fastscore.prune(m, s, X, macs=0.6, calibration=[X, -X], process_group=group))),
+    (lambda m, s: score(m, resume=3), "resume"),
+    (lambda m, s: fastscore.prune_iteratively(m, [X], macs=0.6, steps=1, resume=3), "resume"),
+    (lambda m, s: fastscore.distill(m, RESIDUAL.model(), [X, -X, X + 1, X - 1], resume=3), "resume"),
+    *((lambda m, s, path=path: fastscore.load_pruned(RESIDUAL.model, path), "path") for path in (3, None, RESIDUAL)),
+    (lambda m, s: fastscore.save_pruned("small.safetensors", m), "path"),
+    (lambda m, s: fastscore.save(m, X, 3), "path"),
+    (lambda m, s: fastscore.curve(m, s, [X], (0.7,), evaluate="x"), "evaluate"),
+    (lambda m, s: fastscore.compare(m, [X], ["random"], (0.7,), evaluate=3), "evaluate"),
+    *((lambda m, s, of=of: fastscore.compare(m, [X], of(s), (0.7,)), "importances")
+      for of in (lambda s: None, lambda s: {"mine": 3}, lambda s: s)),
+    (lambda m, s: fastscore.random_backward(torch.ones(2, 3, requires_grad=True), seed="x"), "seed"),
 ])
 def test_another_type_than_is_meant(call: Callable[..., Any], argument: str) -> None:
     model = trained()
@@ -115,6 +135,22 @@ def test_what_is_no_result_and_no_scores() -> None:
             lambda: fastscore.rebuild_optimizer(optimizer, model, result.model))
     refused(TypeError, "^optimizer: int", model, lambda: fastscore.rebuild_optimizer(3, model, result))
     refused(TypeError, "^other: int", model, lambda: scores.merge(3))
+    refused(TypeError, "^scores: NoneType; give what fastscore.score returned", model,
+            lambda: fastscore.mask(model, None, 0.3, X).__enter__())
+    refused(TypeError, r"^path: PruneResult, .*holds the smaller model already, as its \.model", model,
+            lambda: fastscore.load_pruned(model, result))
+    refused(TypeError, r"^path: PruneResult, .*; the model comes first: save_pruned\(result, path\)", model,
+            lambda: fastscore.save_pruned("small.safetensors", result))
+    refused(TypeError, r"^model: PruneResult, which comes second, .*distill\(dense, result, batches\)", model,
+            lambda: fastscore.distill(result, model, [X]))
+    refused(TypeError, "^smaller: Scores, where a torch.nn.Module is meant$", model,
+            lambda: fastscore.distill(model, scores, [X]))
+    refused(TypeError, "^importances: 'budget' for 'mine' is none of the options of fastscore.score$", model,
+            lambda: fastscore.compare(model, [X], {"mine": {"budget": 1}}))
+    refused(ValueError, "^example_inputs: the model cannot take them: of torch.float64 .*stem.0 .Conv2d.: ", model,
+            lambda: fastscore.save(model, X[:, :1], "small.pt2"))
+    refused(ValueError, "^optimizer: it trains none of the parameters that it was given", model,
+            lambda: fastscore.distill(model, result, [X], optimizer=lambda parameters: optimizer))
 
 
 def test_scores_of_another_model() -> None:

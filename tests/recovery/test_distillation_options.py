@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from decisive import IMAGES, QUIET, network, pruned, same, seeded, state
 from torch import Tensor, nn
 
@@ -65,11 +66,15 @@ def test_feature_maps_of_the_channels_that_are_left() -> None:
     result.model.eval()
     gone = result.removed_indices["3", "outputs"]
     assert len(gone)
-    with FeatureMaps(model, result.model, ["7"], result.removed_indices) as maps:
-        model(IMAGES)
-        result.model(IMAGES)
-        with pytest.raises(ValueError, match=r"features: 7 returns \[96, 16\] .*: pass the PruneResult"):
-            maps.distance()
+    for dense, layer, removed, said in (
+            (model, "7", {}, r"7 returns \[96, 16\] .*: pass the PruneResult in place of its model, and name a convol"),
+            (model, "7", result.removed_indices, r"7 returns \[96, 16\] .*: name a convolution"),
+            (result.model, "3", result.removed_indices, r"3 makes \d+ channels .*the network that went into prune\(\)")):
+        with FeatureMaps(dense, result.model, [layer], removed) as maps:
+            dense(IMAGES)
+            result.model(IMAGES)
+            with pytest.raises(ValueError, match=f"^features: {said}"):
+                maps.distance()
     with FeatureMaps(model, result.model, ["3", "9"], result.removed_indices) as maps:
         model(IMAGES)
         result.model(IMAGES)
@@ -148,10 +153,43 @@ def test_networks_that_change_places_are_told() -> None:
         for one, other in ((dense, result), (dense, result.model), (network(), network(1)), (network(), network(1, 4)),
                            (network(), nn.Sequential(network(), nn.Linear(5, 5)))):
             distill(one, copy.deepcopy(other), [IMAGES], **quiet)
-    for what, argument, act in ((result, "model", lambda: distill(result, dense, [IMAGES], **quiet)),
-                                (result, "model", lambda: fastscore.recalibrate(result, [IMAGES])),
+    with pytest.raises(TypeError, match=r"^model: PruneResult, which comes second.*distill\(dense, result, batches\)"):
+        distill(result, dense, [IMAGES], **quiet)
+    for what, argument, act in ((result, "model", lambda: fastscore.recalibrate(result, [IMAGES])),
                                 (result, "model", lambda: fastscore.curve(result, None, [IMAGES])),
                                 (None, "smaller", lambda: distill(dense, None, [IMAGES], **quiet))):
         within = "; its .model is one" if what is result else ""
         with pytest.raises(TypeError, match=f"^{argument}: .*, where a torch.nn.Module is meant{within}$"):
             act()
+
+
+LOSSES: dict[str, tuple[Any, str]] = {
+    "cross entropy": (F.cross_entropy, r"cross_entropy takes probabilities.*\.softmax\(1\)"),
+    "its module": (nn.CrossEntropyLoss(), r"cross_entropy takes probabilities"),
+    "within": (lambda got, dense: 0.5 * F.cross_entropy(got / 2, target=dense / 2), "cross_entropy takes probabilities"),
+    "sigmoid": (F.binary_cross_entropy_with_logits, r"binary_cross_entropy_with_logits takes probabilities.*\.sigmoid\(\)"),
+    "KL": (F.kl_div, r"kl_div takes logarithms.*\.log_softmax\(1\)"),
+    "KL of a target": (lambda got, dense: F.kl_div(got.log_softmax(1), dense, reduction="batchmean"),
+                       r"kl_div takes probabilities"),
+    "detached": (lambda got, dense: (got - dense).detach().square().mean(), "no gradient goes from what it returned"),
+    "of the other": (lambda got, dense: dense.square().mean(), "no gradient goes from what it returned")}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_means_nothing_of_logits(name: str) -> None:
+    """It would be below any bound, or train nothing."""
+    loss, said = LOSSES[name]
+    model, smaller = network(), network(1)
+    before = state(smaller)
+    with pytest.raises(ValueError, match=f"^loss: {said}"):
+        distill(model, smaller, IMAGES.split(32), steps=2, loss=loss, **QUIET)
+    assert same(state(smaller), before)
+
+
+@pytest.mark.parametrize("loss", [
+    lambda got, dense: F.cross_entropy(got, dense.softmax(1)), lambda got, dense: F.cross_entropy(got, dense.argmax(1)),
+    lambda got, dense: F.kl_div(got.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="batchmean"),
+    lambda got, dense: F.binary_cross_entropy_with_logits(got, dense.sigmoid())])
+def test_losses_that_take_probabilities(loss: Any) -> None:
+    report = distill(network(), network(1), IMAGES.split(32), steps=20, lr=0.01, patience=None, loss=loss, **QUIET)
+    assert report.best.judged < report.looks[0].judged

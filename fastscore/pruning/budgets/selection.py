@@ -27,8 +27,9 @@ RECOUNTS = 64  # trial cuts by which a budget on MACs is met where sums over cha
 
 def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
                  ignore: Ignore) -> ChannelGraph:
-    """The groups of `model` that have scores and are not ignored. Raises ValueError for scores of another model,
-    FloatingPointError, naming it, for NaN in a layer of theirs."""
+    """The groups of `model` that have scores and are not ignored. Raises TypeError for what are no scores, ValueError
+    for those of another model, FloatingPointError, naming it, for NaN in a layer of theirs."""
+    check_kind(scores)
     whole = _traced_as_scored(model, scores, example_inputs, forward)
     graph = whole.without(model, ignore)
     scored = tuple(group for group in graph.groups if group.name in scores)
@@ -59,10 +60,15 @@ def _traced_as_scored(model: nn.Module, scores: Scores, example_inputs: Batch, f
         raise  # the first error, with its cause
 
 
-def check_removable(scores: Scores) -> None:
-    """Raise ValueError for scores of channels that no surgery can take out, TypeError for what are none."""
+def check_kind(scores: object) -> None:
+    """Raise TypeError for what are no scores."""
     if not isinstance(scores, Scores):
         raise TypeError(f"scores: {type(scores).__name__}; give what fastscore.score returned")
+
+
+def check_removable(scores: Scores) -> None:
+    """Raise ValueError for scores of channels that no surgery can take out, TypeError for what are none."""
+    check_kind(scores)
     if scores.origin.units == "norms":
         raise ValueError('scores: they are of single BatchNorms (units="norms"), whose channels can be masked but not '
                          'removed: to prune, score with units="groups"')

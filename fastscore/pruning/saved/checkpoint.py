@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
+from fastscore.arguments import check_path, in_users_code
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.inspection import held_in
@@ -37,6 +38,7 @@ def save_pruned(pruned: nn.Module | PruneResult, path: str | PathLike[str]) -> N
         ValueError: a model that prune() did not make; a suffix of files that torch.load, torch.export or ONNX reads.
         FileNotFoundError: a folder that is not there.
     """
+    check_path("path", path, "; the model comes first: save_pruned(result, path)")
     suffix = Path(path).suffix.lower()
     if suffix in (*_OF_TORCH, ".pt2", ".onnx"):
         other = f"torch.save(model.state_dict(), {str(path)!r}), which keeps the weights without the recipe" \
@@ -70,8 +72,11 @@ def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike
     if not callable(model):  # as modules are
         raise TypeError(f"model: {type(model).__name__}; give the dense model, or a function that builds it, and then "
                         "the file")
+    check_path("path", path, ": of the file that save_pruned(result, path) wrote; what prune() returned holds the "
+               "smaller model already, as its .model")
     header, state = files.read(path, _FORM, "pruned model", "save it again with fastscore.save_pruned")
-    dense = unwrapped(model if isinstance(model, nn.Module) else model())
+    with in_users_code("model: load_pruned calls it without arguments, to build the dense model"):
+        dense = unwrapped(model if isinstance(model, nn.Module) else model())
     if isinstance(model, nn.Module):
         dense = copy.deepcopy(dense, own_copies(dense))
     try:

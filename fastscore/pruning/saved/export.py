@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
+from fastscore.arguments import check_path
 from fastscore.batches.calls import call_model
 from fastscore.batches.outputs import OneTensor, floating_tensors
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.modes import evaluating
+from fastscore.modules.refused_batches import naming_argument
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved.checkpoint import save_pruned
 
@@ -50,6 +52,9 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
                          "there is: give two or more")
     model, notes = (model.model, model.report.kept_notes) if isinstance(model, PruneResult) else (model, {})
     with evaluating(model), files.whole(path) as part:
+        if suffix != ".pt":
+            with naming_argument("example_inputs: the model cannot take them:", model, call_model, example_inputs):
+                plain(model, example_inputs)
         free = _WRITERS[suffix](model if suffix == ".pt" else plain(model, example_inputs), example_inputs, part, notes)
     if not free:
         warnings.warn(f"{path}: it takes {len(example_inputs)} samples in a call, no other number, since "
@@ -137,6 +142,7 @@ _WRITERS = {".pt2": _write_program, ".onnx": _write_onnx, ".pt": _write_module}
 def check_suffix(path: str | PathLike[str], argument: str = "path") -> str:
     """The suffix of a model file that `save` can write. Raises ValueError, naming the argument, for any other,
     ImportError for .onnx without its packages."""
+    check_path(argument, path)
     suffix = Path(path).suffix
     if suffix not in (".safetensors", *_WRITERS):
         raise ValueError(f"{argument}: {path}: its suffix must be .safetensors (weights and a recipe), .pt2 "
