@@ -63,8 +63,8 @@ class FeatureMaps:
             dim = channel_dim(layer)
             if expected.shape[dim] != got.shape[dim] + len(index):
                 raise ValueError(f"features: {name} makes {counted(expected.shape[dim], 'channel')} in the dense "
-                                 f"network and {got.shape[dim]} in the smaller one, from which {len(index)} went: give the "
-                                 "network that went into prune() as the dense one")
+                                 f"network and {got.shape[dim]} in the smaller one, from which {len(index)} went: "
+                                 "give the network that went into prune() as the dense one")
             expected = expected.index_select(dim, staying(expected.shape[dim], index).to(expected.device))
         if expected.shape != got.shape:
             within = [part for part, _ in layer.named_modules(prefix=name) if (part, "outputs") in self._removed]

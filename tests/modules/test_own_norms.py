@@ -62,7 +62,13 @@ WAYS: dict[str, tuple[tuple[str, ...], tuple[int, ...], Way]] = {
     "images": (("g", "b"), (1, WIDTH, 1, 1), lambda m, x: _less(x, 1) / (_squares(_less(x, 1), 1) + 1e-3).sqrt() * m.g
                + m.b),
     "sequences": (("g",), (1, WIDTH, 1), lambda m, x: F.normalize(x, dim=1) * m.g * m.d ** 0.5),
+    "clamped variance": (("g",), (WIDTH,), lambda m, x: x * _squares(x).clamp(min=1e-3).rsqrt() * m.g),
+    "clamped var": (("g", "b"), (WIDTH,), lambda m, x: m.g * _less(x) / x.var(-1, keepdim=True).clamp(min=3e-3).sqrt()
+                    + m.b),
+    "long constants": (("g",), (WIDTH,), lambda m, x: x * torch.rsqrt(_squares(x) + 1.2345678912e-3) * m.g),
+    "a root in the code": (("g",), (WIDTH,), lambda m, x: x / (_squares(x).sqrt() + 1e-3 ** 0.5) * m.g),
 }
+OF_CONSTANTS = [way for way in WAYS if "eps" not in way] + ["eps in the code"]
 OTHERS: dict[str, tuple[tuple[str, ...], tuple[int, ...], Way]] = {
     "a scale": (("g",), (WIDTH,), lambda m, x: x * m.g),
     "tanh": (("g",), (WIDTH,), lambda m, x: torch.tanh(x) * m.g),
@@ -85,6 +91,16 @@ WAYS |= OTHERS
 def _x(way: str) -> tuple[Tensor, int]:
     shape, dim = {"images": ((2, WIDTH, 3, 4), 1), "sequences": ((2, WIDTH, 5), 1)}.get(way, ((2, 5, WIDTH), 2))
     return torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.5, dim
+
+
+@pytest.mark.parametrize("way", OF_CONSTANTS)
+def test_constants_are_found_to_their_last_digit(way: str) -> None:
+    """Of small inputs they are all that counts."""
+    norm, x = Norm(way), 1e-4 * _x(way)[0]
+    known, held = norm_of(norm), norm._parameters
+    shift = held.get(known.shift)
+    found = known(x, held[known.gain].flatten(), None if shift is None else shift.flatten(), WIDTH)
+    torch.testing.assert_close(found, norm(x), rtol=1e-6 if way == "in float32" else 1e-11, atol=0)
 
 
 @pytest.mark.parametrize("way", EVERY)

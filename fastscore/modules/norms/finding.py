@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ _RESPONSE_EPS = 1e-6  # what a global response normalisation adds whose code hol
 _LARGE, _LOUD = 1e6, 100.0  # of an input's largest channel, and of parameters: whatever is clamped is clamped then
 _TOLERANCE = 1e-5  # some compute in float32 whatever they are given
 _ROUGH = 1e-4  # of gradients in float32
+_SINGLE = 3e-7  # of numbers in float32
 _SIZES = 6, 9  # that those are tried with which are for any number of channels
 _SHAPES: Mapping[int, Sequence[tuple[int, ...]]] = {  # of one sample; -1 stands for the channels
     -1: ((3, -1), (3, 4, -1), (-1,)), 1: ((-1, 5), (-1, 3, 4)), -3: ((-1, 3, 4),), -2: ((-1, 5),)}
@@ -110,12 +112,13 @@ class _Trial:
         return one is not None and two is not None and close(one, two, 1e-3)  # which eps may differ by
 
     def computes(self, norm: ChannelNorm | ResponseNorm) -> bool:
-        """Whether that is what it computes, of inputs as large as eps lets count, and of larger ones, in training too,
+        """Whether that is what it computes, of inputs as large as eps lets count, smaller and larger, in training too,
         and of such that one channel outweighs all others; with the gradients of it; and nothing is mixed along other
         dimensions."""
         eps = norm.eps or torch.finfo(torch.float64).eps
         inside = isinstance(norm, ChannelNorm) and norm.place == "inside"
-        for scale in (1.0, eps ** 0.5 if inside else eps):
+        counts = eps ** 0.5 if inside else eps
+        for scale in (1.0, counts, counts / 100):
             x = self.inputs(scale)
             self._alone.training = scale == 1.0
             y = self.run(x)
@@ -175,7 +178,9 @@ class _Trial:
         gain = self.held(norm.gain)
         factors = y / (centered if gain is None else centered * norm.along_channels(gain + norm.offset)) / norm.factor
         factor = float(factors.median())
-        return factor if 0 < factor < float("inf") and close(factors, torch.full_like(factors, factor), 1e-4) else None
+        if not 0 < factor < float("inf") or not close(factors, torch.full_like(factors, factor), 1e-4):
+            return None
+        return factor
 
     def factor(self, norm: ChannelNorm) -> float:
         """What it multiplies large inputs by besides, of which eps does not count."""
@@ -206,7 +211,7 @@ def _of_channels(trial: _Trial, module: nn.Module, of_any_size: bool = False) ->
                     norm = replace(norm, factor=trial.factor(norm))
                     little = trial.of_little(norm)
                 if little is not None:
-                    values = [*values, _rounded(little ** -2 if place == "inside" else 1 / little)]
+                    values = [*values, _constant(little ** -2 if place == "inside" else 1 / little)]
                 for value in values:
                     yield replace(norm, eps=value)
                 if little is None and of_any_size:
@@ -215,9 +220,12 @@ def _of_channels(trial: _Trial, module: nn.Module, of_any_size: bool = False) ->
                 yield plain
 
 
-def _rounded(value: float) -> float:
-    """To as many digits as float32 has."""
-    return float(f"{value:.6g}")
+def _constant(found: float) -> float:
+    """The number in the code that is found so, itself or its square of as many digits as float32 has, as far as that
+    can be told of code that computes in float32, or else in float64; else what was found."""
+    single = abs(float(np.float32(found)) / found - 1) < 1e-14  # of float64 code one in ten million is
+    near = (float(f"{found ** power:.6g}") ** (1 / power) for power in (1, 2))
+    return next((value for value in near if abs(value / found - 1) < (_SINGLE if single else 1e-12)), found)
 
 
 def close(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
