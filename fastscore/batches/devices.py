@@ -81,7 +81,7 @@ def rank_and_size(process_group: distributed.ProcessGroup | None) -> tuple[int, 
     TypeError for what is no group."""
     if process_group is None:
         return 0, 1
-    if not isinstance(process_group, distributed.ProcessGroup):
+    if not hasattr(process_group, "size"):
         raise TypeError(f"process_group: {process_group!r:.80}, where a torch.distributed.ProcessGroup is meant, such "
                         "as torch.distributed.group.WORLD after init_process_group()")
     return distributed.get_rank(process_group), process_group.size()

@@ -196,5 +196,8 @@ def _check(model: nn.Module, smaller: nn.Module, precision: str | None, loss: Lo
         if parameter.untyped_storage()._cdata in own:
             raise ValueError(f"smaller: {name} shares its memory with the dense model, which would change as it "
                              "learns: train a copy.deepcopy() (prune(inplace=True) leaves no dense model)")
+        if parameter.is_inference():
+            raise ValueError(f"smaller: {name} was made under torch.inference_mode, and cannot learn: make, or copy, "
+                             "the network outside of it")
     if not any(parameter.requires_grad for parameter in smaller.parameters()):
         raise ValueError("smaller: all its parameters are frozen; smaller.requires_grad_() thaws them")

@@ -32,7 +32,7 @@ from fastscore.modules.modes import evaluating
 from fastscore.modules.refused_batches import naming_argument
 from fastscore.modules.weights import called_layers, own_products
 from fastscore.modules.weights.computed_weights import computed_weight, why_it_computes_on
-from fastscore.modules.wrappers import unwrapped
+from fastscore.modules.wrappers import check_whole, unwrapped
 from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import has_no_place, mean_contributions, weight_alone
@@ -110,6 +110,7 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
     ridges = _checked(ridges)
     check_callable("forward", forward, "forward(model, batch)")
     model = unwrapped(model)
+    check_whole(model)
     device = device_of(model)
     check_batches(batches, "batches")
     seen = RememberingBatches.of(batches)

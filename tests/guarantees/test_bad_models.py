@@ -1,5 +1,6 @@
 """A model, or scores, that cannot be taken: named, before anything changes."""
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -125,3 +126,16 @@ def test_everything_ignored() -> None:
     scores = score(model)
     refused(ValueError, "^ignore: it leaves no channel that can go", model,
             lambda: fastscore.prune(model, scores, X, channels=0.5, ignore="*"))
+
+
+def test_networks_that_nothing_can_be_written_to_or_copied() -> None:
+    model = trained()
+    result = fastscore.prune(model, score(model), X, macs=0.5)
+    with torch.inference_mode():
+        frozen = copy.deepcopy(result.model)
+    refused(ValueError, "^smaller: .* was made under torch.inference_mode, and cannot learn", model,
+            lambda: fastscore.distill(model, frozen, [X]))
+    compiled = copy.deepcopy(model)
+    compiled.block1.conv1 = torch.compile(compiled.block1.conv1, backend="eager")
+    with pytest.raises(ValueError, match=r"^model: block1\.conv1 is what torch.compile made of a part"):
+        fastscore.reconstruct(compiled, result, [X])
