@@ -1,5 +1,5 @@
-"""Linears and convolutions whose own code runs other modules, as detectron2's does, which has a normalisation and an
-activation.
+"""Linears, convolutions and embeddings whose own code runs other modules, as detectron2's does, which has a
+normalisation and an activation.
 
 Torch-Pruning's tracer takes what a module returns for what its weight makes. Of such a layer that is what the last
 module inside makes.
@@ -21,7 +21,7 @@ from fastscore.modules.norms.channel_norms import norm_of
 
 
 def of(model: nn.Module) -> list[nn.Module]:
-    """The Linears and convolutions of `model` that hold layers, and these, which come first."""
+    """The Linears, convolutions and embeddings of `model` that hold layers, and these, which come first."""
     found = list[nn.Module]()
     for module in model.modules():
         if _holds_others(module):
@@ -50,8 +50,8 @@ def holds_norm(layer: nn.Module) -> bool:
 
 
 def _holds_others(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, _ConvNd)) and bool(module._modules) and not parametrized(module) and \
-        not holds_its_product(module)
+    return isinstance(module, (nn.Linear, _ConvNd, nn.Embedding)) and bool(module._modules) and \
+        not parametrized(module) and not holds_its_product(module)
 
 
 def _reading(function: Any, weight: Any) -> Any:

@@ -18,7 +18,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.Con
 
 def parametrized(module: nn.Module) -> bool:
     """Whether something computes the module's weight anew in each pass: it is no parameter that could be changed."""
-    return nn.utils.parametrize.is_parametrized(module) or "weight" in vars(module)
+    return nn.utils.parametrize.is_parametrized(module) or vars(module).get("weight") is not None
 
 
 def runs_own_code(layer: nn.Module) -> bool:

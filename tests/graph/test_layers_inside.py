@@ -85,6 +85,17 @@ class Linear(nn.Linear):
         return F.relu(self.norm(super().forward(x)))
 
 
+class Embedding(nn.Embedding):
+    """The same of tokens that are looked up."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(20, 8)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
 class Tokens(nn.Module):
     """Of a network for features one for each token."""
 
@@ -113,6 +124,22 @@ def test_linears_with_norms_inside(tmp_path: Path) -> None:
     check(lambda: nn.Sequential(Linear(3, 8, nn.BatchNorm1d(8)), Linear(8, 8, nn.BatchNorm1d(8), False),
                                 nn.Linear(8, 4)), X[:, :, 0, 0], ["0", "1"], tmp_path)
     check(Tokens, X, ["net.0", "net.1"], tmp_path)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_embeddings_with_norms_inside(norm: type[nn.LayerNorm | nn.RMSNorm], gain: bool, tmp_path: Path) -> None:
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.inner = Embedding(norm(8, 1e-5, gain)), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            return self.head(x + self.inner(x).tanh()).mean(1)
+
+    check(Stream, torch.randint(20, (3, 5), generator=torch.Generator().manual_seed(0)), ["embed"], tmp_path)
 
 
 def test_a_depthwise_convolution_that_holds_the_next(tmp_path: Path) -> None:

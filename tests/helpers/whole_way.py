@@ -102,8 +102,9 @@ def _gate_statistics(norm: nn.Module, edge: Member, gates: list[Tensor]) -> None
         x = x.movedim(dim, -1)
         counted = x * torch.ones(x.shape[-1], dtype=x.dtype).index_put((edge.index,), gates[0][edge.channel])
         mean = counted.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x.new_zeros(())
-        y = (x - mean) / ((counted - mean).square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
-        return (y + norm.bias if isinstance(norm, nn.LayerNorm) else y).movedim(-1, dim)
+        y = (x - mean) / ((counted - mean).square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        y = y if norm.weight is None else y * norm.weight
+        return (y if getattr(norm, "bias", None) is None else y + norm.bias).movedim(-1, dim)
 
     norm.forward = forward
 

@@ -27,6 +27,8 @@ class Norm(nn.Module):
         for name in ("gain", "shift"):
             if name in NAMES.get(way, ()):
                 self.register_parameter(name, nn.Parameter(torch.tensor([1.7])))
+        if way == "says so":
+            self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
         return normalized(self, x)  # by whose name it may be one
@@ -53,6 +55,7 @@ WAYS: dict[str, Way] = {
     "by the mean": lambda m, x: x / (x.norm(dim=m.dim, keepdim=True) * m.scale).clamp(min=1e-5) * m.gain,
     "PixelNorm": lambda m, x: x * torch.rsqrt(_mean(m, x.square()) + 1e-8),
     "RMSNorm": lambda m, x: x * torch.rsqrt(_mean(m, x.pow(2)) + m.eps),
+    "says so": lambda m, x: x * torch.rsqrt(_mean(m, x.square()) + m.eps),
     "in float32": lambda m, x: (x.float() * torch.rsqrt(_mean(m, x.float().square()) + m.eps)).to(x.dtype),
     "of length 1": lambda m, x: F.normalize(x, dim=m.dim),
     "times a number": lambda m, x: F.normalize(x, dim=m.dim) * 5.0,

@@ -300,7 +300,8 @@ def _outputs_zero(layer: nn.Module, gone: Tensor | None) -> Iterator[None]:
               if parameter is not None and name in ("weight", "bias")}
     try:
         for name, parameter in before.items():
-            dim = 1 if name == "weight" and getattr(layer, "transposed", False) else 0
+            by_column = isinstance(layer, nn.Embedding) or getattr(layer, "transposed", False)
+            dim = int(name == "weight" and by_column)
             layer._parameters[name] = nn.Parameter(
                 parameter.detach().index_fill(dim, gone.to(parameter.device), 0), parameter.requires_grad)
         yield
