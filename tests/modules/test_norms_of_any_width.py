@@ -24,6 +24,7 @@ class Norm(nn.Module):
     def __init__(self, way: str, dim: int = -1) -> None:
         super().__init__()
         self.way, self.dim, self.eps, self.scale = way, dim, 1e-3, WIDTH ** -0.5
+        self.weight = None  # as diffusers' have it that learn none
         for name in ("gain", "shift"):
             if name in NAMES.get(way, ()):
                 self.register_parameter(name, nn.Parameter(torch.tensor([1.7])))

@@ -67,6 +67,7 @@ WAYS: dict[str, tuple[tuple[str, ...], tuple[int, ...], Way]] = {
                     + m.b),
     "long constants": (("g",), (WIDTH,), lambda m, x: x * torch.rsqrt(_squares(x) + 1.2345678912e-3) * m.g),
     "a root in the code": (("g",), (WIDTH,), lambda m, x: x / (_squares(x).sqrt() + 1e-3 ** 0.5) * m.g),
+    "videos": (("g",), (WIDTH, 1, 1, 1), lambda m, x: F.normalize(x, dim=1) * m.d ** 0.5 * m.g),
 }
 OF_CONSTANTS = [way for way in WAYS if "eps" not in way] + ["eps in the code"]
 OTHERS: dict[str, tuple[tuple[str, ...], tuple[int, ...], Way]] = {
@@ -89,7 +90,8 @@ WAYS |= OTHERS
 
 
 def _x(way: str) -> tuple[Tensor, int]:
-    shape, dim = {"images": ((2, WIDTH, 3, 4), 1), "sequences": ((2, WIDTH, 5), 1)}.get(way, ((2, 5, WIDTH), 2))
+    shape, dim = {"images": ((2, WIDTH, 3, 4), 1), "sequences": ((2, WIDTH, 5), 1), "videos": ((2, WIDTH, 2, 3, 4), 1)
+                  }.get(way, ((2, 5, WIDTH), 2))
     return torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.5, dim
 
 
@@ -151,7 +153,8 @@ class Shaped(nn.Module):
 
 
 def test_norms_of_one_class_are_told_apart_by_shapes() -> None:
-    assert [norm_of(Shaped(*shape)).dim for shape in ((8,), (8, 1), (8, 1, 1))] == [-1, -2, -3]
+    assert [norm_of(Shaped(*shape)).dim for shape in ((8,), (8, 1), (8, 1, 1), (8, 1, 1, 1))] == [
+        -1, -2, -3, -4]
 
 
 class Row(nn.Module):
@@ -159,7 +162,7 @@ class Row(nn.Module):
 
     def __init__(self, way: str) -> None:
         super().__init__()
-        kind = {"images": nn.Conv2d, "sequences": nn.Conv1d}.get(way)
+        kind = {"images": nn.Conv2d, "sequences": nn.Conv1d, "videos": nn.Conv3d}.get(way)
         more = () if kind is None else (1,)
         kind = kind or nn.Linear
         self.embed, self.head = kind(4, WIDTH, *more), kind(WIDTH, 3, *more)

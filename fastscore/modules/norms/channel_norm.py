@@ -15,7 +15,7 @@ class ChannelNorm:
     one dimension.
 
     Attributes:
-        dim: that of the channels, from the end: -1, -2, or -3 in images; or 1, however many there are.
+        dim: that of the channels, from the end: -1, -2, -3 in images, or -4 in videos; or 1, however many there are.
         centered: whether the mean is taken off first (LayerNorm), or not (RMSNorm).
         offset: 1 where gains are kept as differences from 1, as in Gemma.
         eps: None: the rounding of the input's dtype, as in nn.RMSNorm.

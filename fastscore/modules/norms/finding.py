@@ -22,9 +22,10 @@ _ROUGH = 1e-4  # of gradients in float32
 _SINGLE = 3e-7  # of numbers in float32
 _SIZES = 6, 9  # that those are tried with which are for any number of channels
 _SHAPES: Mapping[int, Sequence[tuple[int, ...]]] = {  # of one sample; -1 stands for the channels
-    -1: ((3, -1), (3, 4, -1), (-1,)), 1: ((-1, 5), (-1, 3, 4)), -3: ((-1, 3, 4),), -2: ((-1, 5),)}
+    -1: ((3, -1), (3, 4, -1), (-1,)), 1: ((-1, 5), (-1, 3, 4)), -3: ((-1, 3, 4),), -2: ((-1, 5),),
+    -4: ((-1, 2, 3, 4),)}
 _SMALL = 1e-30  # of inputs beside which eps is all that counts; float32 holds them
-_DIMS = (-1, -3, -2)
+_DIMS = (-1, -3, -2, -4)
 _OF_MEANS = (True, False), (False, False), (False, True)  # whether it is centered, and whether it is spread
 _PLACES: tuple[Literal["inside", "added", "least"], ...] = "inside", "added", "least"
 
