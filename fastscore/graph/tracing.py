@@ -279,7 +279,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     divided, cut, taken = ({layer for layer, why in found.skipped.items() if says in why}
                            for says in (obstacles.DIVIDED, obstacles.CUT, nodes.TAKEN))
     of_heads = (divided | cut | taken) - state_spaces.layers(eval_model)
-    unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.calls.products, of_heads, unused,
+    unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.calls.products, of_heads, idle,
                                      attentions, "head_dims" in searched)
     if attentions.with_unnamed(unnamed, divided):
         found = followed()

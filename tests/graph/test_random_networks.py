@@ -287,3 +287,8 @@ def test_failures_of_old(seed):
 def test_a_parameter_that_goes_with_what_is_cut_where_widths_say():
     """It is not named among what is kept."""
     check(generate(103, more=True))
+
+
+def test_heads_that_run_to_no_end_beside_a_layer_that_is_called_to_no_end():
+    """Of which what is made before them is read."""
+    check(generate(1015, adapted=True))
