@@ -32,11 +32,7 @@ def check_flag(argument: str, value: object) -> None:
 
 
 def check_callable(argument: str, value: object, call: str) -> None:
-    """Raise TypeError, naming the argument and how it is called, where `value` cannot be called, or makes an object
-    when it is."""
-    if isinstance(value, type):
-        raise TypeError(f"{argument}: the class {value.__name__}, where a function {call} is meant; an object of it: "
-                        f"{value.__name__}()")
+    """Raise TypeError, naming the argument and how it is called, where `value` cannot be called."""
     if not callable(value):
         raise TypeError(f"{argument}: {value!r:.80}, where a function {call} is meant")
 

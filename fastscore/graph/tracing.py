@@ -268,7 +268,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         unused.clear()
         graph.unread.clear()
     branches, kept_blocks = blocks.find(eval_model, whole) if "blocks" in searched else ([], {})
-    mixtures, kept_experts = whole_experts.find(eval_model, whole) if "experts" in searched else ((), {})
+    mixtures, kept_experts = whole_experts.find(eval_model, whole, idle) if "experts" in searched else ((), {})
     attentions = attention.find(recording, unused, "head_dims" in searched)
 
     def followed() -> ChannelGraph:

@@ -5,7 +5,7 @@ went minus infinity. A gate on an expert says what it adds where it is chosen.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +26,11 @@ _CHOOSES = {"softmax", "topk"}  # what the code of a router calls that takes no 
 _COUNT, _CHOSEN = "num_experts", "top_k"
 
 
-def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
+def find(model: nn.Module, run: Callable[[nn.Module], Tensor], idle: Container[str] = ()
+         ) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
     """A group of experts for each mixture whose experts can go: the model, an evaluation copy, runs without some, and
-    computes what it does where the router gives them minus infinity; and of the others why their experts stay."""
+    computes what it does where the router gives them minus infinity; and of the others why their experts stay. idle:
+    layers to which no gradient comes back."""
     found: list[ChannelGroup] = []
     kept: dict[str, str] = {}
     for name, block in model.named_modules():
@@ -40,6 +42,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[tuple[Ch
             choosing = [router for router, child in routers.items() if _chooses(child)]
             group = _group(name, key, choosing[0], block) if len(choosing) == 1 else \
                 "no router beside it takes the most probable by a softmax over all, which experts may leave"
+            if f"{name}.{key}.{NAMES[1]}".lstrip(".") in idle:
+                group = "no gradient of the output comes back to them"
             if isinstance(group, ChannelGroup):
                 found.append(group)
             else:

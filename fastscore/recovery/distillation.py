@@ -182,6 +182,8 @@ def _swapped(dense: nn.Module, smaller: nn.Module) -> str:
 def _check(model: nn.Module, smaller: nn.Module, precision: str | None, loss: Loss | None, **numbers: Any) -> None:
     if loss is not None:
         check_callable("loss", loss, "loss(smaller's output, dense output)")
+        if isinstance(loss, type):
+            raise TypeError(f"loss: the class {loss.__name__}, where an object of it is meant: {loss.__name__}()")
     for name, value in numbers.items():
         if value is None and name in _MAY_BE_NONE:
             continue

@@ -196,3 +196,10 @@ def test_dimensions_that_code_turns_stay_however_little_queries_change() -> None
     graph = trace(network.model, network.inputs(), units="heads_and_dims")
     assert graph.head_dims == ()
     assert graph.whole_heads.keys() == {"layers.shared1.q_proj", "layers.shared3.q_proj"}
+
+
+def test_experts_that_run_to_no_end_stay() -> None:
+    network = generate(1015, experts=True)
+    graph = trace(network.model, network.inputs(), units="experts")
+    assert graph.experts == ()
+    assert set(graph.kept_whole["experts"].values()) == {"no gradient of the output comes back to them"}
