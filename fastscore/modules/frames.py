@@ -22,6 +22,11 @@ def owner(frame: FrameType) -> Any:
     return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
 
 
+def variables(frame: FrameType) -> dict[str, Any]:
+    """What the variables of code hold; `self` is the object of a method, whatever that calls it."""
+    return {"self": owner(frame), **frame.f_locals}
+
+
 def called(frame: FrameType) -> nn.Module | None:
     """The module that is called by a frame of PyTorch's; None of any other."""
     return frame.f_locals["self"] if frame.f_code is nn.Module._call_impl.__code__ else None

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from fastscore.modules.source import tree_of
+from fastscore.modules.source import method_of, tree_of
 from fastscore.modules.tensor_expressions import value_of
 
 Asked: TypeAlias = tuple[tuple[ast.expr, bool], ...]  # conditions, and the answer that leads somewhere
@@ -95,12 +95,9 @@ def never_reads(function: FunctionType, module: nn.Module, key: str, changes: Ca
     """Whether a module's constructor has ruled out all branches of a method in which it reads its attribute `key`.
     changes: as in may_be."""
     tree = tree_of(function)
-    body = None if tree is None else tree.body[0]
-    if not isinstance(body, ast.FunctionDef) or not body.args.args:
+    body = None if tree is None else method_of(tree, function)
+    if body is None or not body.args.args:
         return False
-    for node in ast.walk(body):
-        if isinstance(node, ast.Name) and node.id == body.args.args[0].arg:
-            node.id = "self"
     local = function.__code__.co_varnames + function.__code__.co_freevars
     return not any(all(may_be(*each, {"self": module}, function.__globals__, changes) for each in asked)
                    for asked in _reads(body.body, key, (), local))

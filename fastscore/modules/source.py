@@ -4,6 +4,7 @@ import ast
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 
@@ -35,3 +36,16 @@ def tree_of(function: Any) -> ast.Module | None:
     """The same, as no more than what it says."""
     source = source_of(function)
     return None if source is None else source.tree
+
+
+def method_of(tree: ast.Module, function: FunctionType) -> ast.FunctionDef | None:
+    """A method as its tree has it, with its first argument called `self` in it, whatever it is called; None where that
+    is no `def`."""
+    body = tree.body[0]
+    if not isinstance(body, ast.FunctionDef):
+        return None
+    first = function.__code__.co_varnames[:function.__code__.co_argcount][:1]
+    for node in ast.walk(body):
+        if isinstance(node, ast.Name) and node.id in first:
+            node.id = "self"
+    return body

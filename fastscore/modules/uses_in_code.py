@@ -10,9 +10,9 @@ from types import FunctionType
 from typing import Any
 
 from fastscore.modules.channel_uses import Position, Use, is_size, is_statistic, tensors_in
-from fastscore.modules.reachable_code import is_torchs
+from fastscore.modules.reachable_code import functions_in, is_torchs
 from fastscore.modules.settled_branches import ENDS, Asked, is_none, of_self, settled
-from fastscore.modules.source import source_of
+from fastscore.modules.source import method_of, source_of
 from fastscore.modules.tensor_expressions import Step, held_by, inlined, substituted
 
 _OF_THEIR_OWN = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)  # code objects
@@ -28,7 +28,8 @@ def uses_in(function: FunctionType, kind: type | None, depth: int = 0) -> tuple[
     if not depth and not any("JUMP" in each.opname for each in dis.get_instructions(function.__code__)):
         return ()  # no part of which is passed by
     source = source_of(function)
-    body = None if source is None else source.tree.body[0]
+    static = kind is None or isinstance(inspect.getattr_static(kind, function.__name__, None), staticmethod)
+    body = None if source is None else source.tree.body[0] if static else method_of(source.tree, function)
     if source is None or not isinstance(body, ast.FunctionDef):
         return ()
     ast.increment_lineno(source.tree, max(source.first, 1) - 1)
@@ -44,6 +45,7 @@ class _Reader:
             each.value, ast.BinOp) and isinstance(each.value.op, ast.FloorDiv) and is_size(each.value.left)
             for target in each.targets]
         counts = [each.target for each in ast.walk(tree) if isinstance(each, ast.For | ast.comprehension)]
+        self._local = frozenset(function.__code__.co_varnames + function.__code__.co_cellvars)
         self._in_training = 0  # conditions around that ask for it: layers that run then are traced so
         self._tree = tree
         self._loops = [each for each in ast.walk(tree) if isinstance(each, ast.For) and _counts_of_self(each)]
@@ -129,10 +131,13 @@ class _Reader:
 
     def _within(self, call: ast.Call, called: FunctionType) -> Iterator[tuple[ast.expr, ast.expr | None, Use]]:
         """What a function that is called makes of tensors: these, and what meets them, as it is given them."""
-        names = called.__code__.co_varnames[:called.__code__.co_argcount]
-        put = dict(zip(names[isinstance(call.func, ast.Attribute):], call.args, strict=False))
+        names = called.__code__.co_varnames[:called.__code__.co_argcount + called.__code__.co_kwonlyargcount]
+        bound = isinstance(call.func, ast.Attribute) and not isinstance(
+            inspect.getattr_static(self._kind, call.func.attr, None), staticmethod)
+        put = dict(zip(names[bound:], call.args, strict=False))
         put |= {each.arg: each.value for each in call.keywords if each.arg}
-        for inner in uses_in(called, self._kind, self._depth + 1) if self._depth < _DEEP else ():
+        kind = self._kind if isinstance(call.func, ast.Attribute) else None
+        for inner in uses_in(called, kind, self._depth + 1) if self._depth < _DEEP else ():
             inside = inlined(inner.tensor, inner.steps, 0)
             by = None if inner.by is None else inlined(inner.by, inner.steps, 0)
             if held_by(inside) | (set() if by is None else held_by(by)) <= put.keys() and \
@@ -200,12 +205,12 @@ class _Reader:
     def _called(self, func: ast.expr) -> FunctionType | None:
         """The function that is called, of the same file, or of the same object."""
         found: Any = None
-        if isinstance(func, ast.Name):
+        if isinstance(func, ast.Name) and func.id not in self._local:
             found = self._function.__globals__.get(func.id)
             found = found if getattr(found, "__globals__", None) is self._function.__globals__ else None
         elif isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == "self":
             found = inspect.getattr_static(self._kind, func.attr, None) if self._kind is not None else None
-        return found if isinstance(found, FunctionType) and not is_torchs(found) else None
+        return next((each for each in functions_in(found) if not is_torchs(each)), None)
 
 
 def _read(node: ast.AST) -> Iterator[ast.Name]:

@@ -138,3 +138,36 @@ class ByMaskBefore(ByMask):
 @pytest.mark.parametrize(("kind", "said"), [(ByMask, "self.masked(h * mask)"), (ByMaskBefore, "self.masked(h)")])
 def test_what_another_layer_reads_by_a_mask_stays(kind: type[nn.Module], said: str) -> None:
     assert trace(noisy(kind), X).skipped["first"].startswith(f"{said} in {kind.__name__}.forward")
+
+
+class NotSelf(Net):
+    """Methods that call their object something else."""
+
+    def __init__(me) -> None:
+        super().__init__()
+        me.beside = nn.Conv2d(16, 4, 3, padding=1)
+
+    def forward(me, x: Tensor) -> Tensor:
+        h = me.first(x).relu()
+        return (me.beside(h) if me.other else me.second(h)).mean((2, 3))
+
+
+class ByStaticMethod(Net):
+    @staticmethod
+    def turned(h: Tensor) -> Tensor:
+        return h.flip(1)
+
+    def between(self, h: Tensor) -> Tensor:
+        return self.turned(h) if self.other else h
+
+
+class ByClassMethod(ByStaticMethod):
+    @classmethod
+    @torch.no_grad()
+    def turned(cls, h: Tensor) -> Tensor:
+        return h.roll(2, 1)
+
+
+@pytest.mark.parametrize("kind", [NotSelf, ByStaticMethod, ByClassMethod])
+def test_so_it_does_whatever_methods_are(kind: type[Net]) -> None:
+    assert "which example_inputs do not come to" in trace(noisy(kind), X).skipped["first"]

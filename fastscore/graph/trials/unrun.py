@@ -25,6 +25,7 @@ from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording
 from fastscore.graph.trials.replaced_layers import unwrapped
 from fastscore.modules.channel_uses import Dims, Use, may_mean, means
+from fastscore.modules.frames import variables
 from fastscore.modules.lines_run import traced
 from fastscore.modules.reachable_code import ReachableCode
 from fastscore.modules.settled_branches import may_be
@@ -137,7 +138,7 @@ def _name_in(names: Mapping[int, str], thing: Any) -> str:
 def _by(frame: FrameType, use: Use) -> Any:
     """What meets a tensor there."""
     met = use.met(frame.f_lineno)
-    return None if met is None else value_of(met, frame.f_locals, frame.f_globals)
+    return None if met is None else value_of(met, variables(frame), frame.f_globals)
 
 
 def _meets(frame: FrameType, use: Use, sizes: Sequence[int]) -> bool:
@@ -162,10 +163,11 @@ def _is_as_wide(by: object, sizes: Sequence[int]) -> bool:
 
 def _looked_up(frame: FrameType, use: Use, changes: Callable[[str], bool]) -> Tensor | None:
     """What variables hold there, if it is an ordinary tensor."""
-    x = value_of(use.tensors[frame.f_lineno], frame.f_locals, frame.f_globals)
+    names = variables(frame)
+    x = value_of(use.tensors[frame.f_lineno], names, frame.f_globals)
     if not isinstance(x, Tensor) or x.is_nested or x.is_meta:
         return None
-    return x if all(may_be(*each, frame.f_locals, frame.f_globals, changes) for each in use.asked) else None
+    return x if all(may_be(*each, names, frame.f_globals, changes) for each in use.asked) else None
 
 
 def _sums(x: Tensor) -> list[Tensor]:
@@ -235,11 +237,12 @@ def _tried(units: int) -> tuple[int, ...]:
 
 def _others(mode: Beside, frame: FrameType, tensor: ast.expr) -> dict[Key, Tensor]:
     """What a tensor that is looked up would be, by the changes that come to it."""
-    known = {name: mode.others_of(x) for name in held_by(tensor) if isinstance(x := frame.f_locals.get(name), Tensor)}
+    names = variables(frame)
+    known = {name: mode.others_of(x) for name in held_by(tensor) if isinstance(x := names.get(name), Tensor)}
     found = {}
     for key in dict.fromkeys(key for others in known.values() for key in others):
         instead = {name: others[key] for name, others in known.items() if key in others}
-        if isinstance(other := value_of(tensor, {**frame.f_locals, **instead}, frame.f_globals), Tensor):
+        if isinstance(other := value_of(tensor, {**names, **instead}, frame.f_globals), Tensor):
             found[key] = other
     return found
 
@@ -250,7 +253,7 @@ def _meets_others(mode: Beside, frame: FrameType, use: Use, key: Key, dims: Dims
     by = use.met(frame.f_lineno)
     if by is None or not held_by(by):
         return True
-    met, others = value_of(by, frame.f_locals, frame.f_globals), _others(mode, frame, by)
+    met, others = value_of(by, variables(frame), frame.f_globals), _others(mode, frame, by)
     with torch._C.DisableTorchFunction():
         places = {each: dict(enumerate(touched(other, met), count - met.dim())) for each, other in others.items()}
     if key in places:
