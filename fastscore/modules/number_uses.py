@@ -16,6 +16,7 @@ from fastscore.modules import config_numbers, number_tables, written_numbers
 from fastscore.modules.changed_source import places_of
 from fastscore.modules.lines_run import Line, Parents, are_among, has_run, is_chosen, outwards
 from fastscore.modules.reachable_code import ReachableCode, argument_of, content, functions_called
+from fastscore.modules.settled_branches import is_ruled_out
 from fastscore.modules.view_sizes import THROUGH, dims_of, is_open, is_state, name_of, sizes_in
 
 Seed: TypeAlias = tuple[str, Any]  # "attribute", "number" or "argument", and which
@@ -115,7 +116,9 @@ class Uses:
             elif isinstance(node, ast.Attribute) and node.attr == which and isinstance(node.ctx, ast.Load):
                 held = self._objects(function, node.value)
                 called = isinstance(parent := parents[node], ast.Call) and parent.func is node
-                if (held is None and not called) or (held is not None and any(x is self._module for x in held)):
+                if (held is None and not called) or (held is not None and any(x is self._module for x in held)
+                                                     and not is_ruled_out(node, parents, function, self._module,
+                                                                          self._code.changes)):
                     yield node
             elif isinstance(node, ast.Constant) and node.value == which and _is_name(parents[node]):
                 yield parents[node]

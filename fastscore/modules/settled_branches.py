@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from fastscore.modules.lines_run import Parents, outwards
 from fastscore.modules.source import method_of, tree_of
 from fastscore.modules.tensor_expressions import value_of
 
@@ -123,6 +124,22 @@ def _reads_in(node: ast.AST, key: str, asked: Asked, local: Sequence[str]) -> It
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, ast.AST):
                 yield from _reads_in(each, key, within, local)
+
+
+def is_ruled_out(node: ast.Attribute, parents: Parents, function: FunctionType, module: nn.Module,
+                 changes: Callable[[str], bool]) -> bool:
+    """Whether what a method reads of `self` there stands in a branch that the constructor of a module, which is this
+    `self`, has ruled out. changes: as in may_be."""
+    before: ast.AST = node
+    local = function.__code__.co_varnames + function.__code__.co_freevars
+    for each in outwards(node, parents) if isinstance(node.value, ast.Name) and node.value.id == "self" else ():
+        if isinstance(each, ast.If | ast.IfExp) and before is not each.test:
+            body = each.body if isinstance(each, ast.If) else [each.body]
+            if not all(may_be(*asked, {"self": module}, function.__globals__, changes)
+                       for asked in settled(each.test, before in body, local)):
+                return True
+        before = each
+    return False
 
 
 def of_self(node: ast.expr) -> list[ast.expr]:

@@ -281,7 +281,33 @@ class WithoutALayer(Net):
         return 2 * y
 
 
-ONE_USE = (Guarded, Aliased, HandedOn, OfAChild, WithoutALayer)
+class RuledOut(Net):
+    """In branches of others of its class, which are told by a flag: as patches are merged before or after a norm."""
+
+    def __init__(self, after: bool = False) -> None:
+        super().__init__()
+        self.after = after
+        self.another = None if after else RuledOut(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)
+        y = (y.view(-1, self.flat) if self.after else y * 2).view(-1, self.flat)
+        return self.more(self.classifier(y))
+
+    def more(self, y: Tensor) -> Tensor:
+        if self.after:
+            y = y * self.flat
+        return y
+
+
+class MayBeSet(RuledOut):
+    """By a flag that a method sets, which no example calls."""
+
+    def turn(self) -> None:
+        self.after = not self.after
+
+
+ONE_USE = (Guarded, Aliased, HandedOn, OfAChild, WithoutALayer, RuledOut)
 
 
 def images() -> Tensor:
@@ -306,6 +332,10 @@ def test_of_two_uses_stay(way: type[Net]) -> None:
     scores, small = pruned(way)
     assert set(scores) == {"first"}
     assert small.flat == FLAT
+
+
+def test_a_flag_that_may_be_set_rules_nothing_out() -> None:
+    assert "in the code of RuledOut.more" in trace(noisy(MayBeSet), images()).skipped["last"]
 
 
 @pytest.mark.parametrize("way", ONE_USE)
