@@ -1,6 +1,7 @@
 """The evaluation copy: a model that shares the parameters of the user's, and may be changed at will."""
 
 import ast
+import copy
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -127,7 +128,13 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
                for parameter in may_be_written(model) if parameter is not None}
     shared |= {id(part): scripted.opaque(part) for _, part in scripted.outermost(model)}
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
-    eval_model = spell_out(deepcopy(model, shared))
+    try:
+        eval_model = spell_out(deepcopy(model, shared))
+    except TypeError as error:
+        if (held := _not_copied(model)) is None:
+            raise
+        raise ValueError(f"model: {held} cannot be copied ({error}), and what is done here is done on a copy: take it "
+                         "out of the model meanwhile, or give its class a __deepcopy__") from error
     computed_weights.mark_copies(model, eval_model)
     written_parameters.note(eval_model, written_parameters.noted(model))
     enter_evaluation(eval_model)
@@ -140,6 +147,20 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
     for module in eval_model.modules() if plain else ():
         computed_weights.make_layer_plain(module, keep=True)
     return eval_model
+
+
+def _not_copied(model: nn.Module) -> str | None:
+    """The attribute of a module, with its class, that Python cannot copy, as an open file or a lock; None where there
+    is none."""
+    for name, module in model.named_modules():
+        for key, value in own_attributes(module).items():
+            try:
+                copy.deepcopy(value)
+            except TypeError:
+                return f"{name}.{key}".lstrip(".") + f" ({type(value).__name__})"
+            except Exception:  # of tensors with a history, which are copied otherwise
+                continue
+    return None
 
 
 def spell_out(model: nn.Module) -> nn.Module:

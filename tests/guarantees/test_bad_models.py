@@ -2,6 +2,7 @@
 
 import copy
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,13 @@ def test_networks_that_nothing_can_be_written_to_or_copied() -> None:
     compiled.block1.conv1 = torch.compile(compiled.block1.conv1, backend="eager")
     with pytest.raises(ValueError, match=r"^model: block1\.conv1 is what torch.compile made of a part"):
         fastscore.reconstruct(compiled, result, [X])
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    model = trained()
+    scores = score(model)
+    other = trained()
+    other.block1.lock = threading.Lock()
+    for act in (lambda: score(other), lambda: Scorer(other, X), lambda: fastscore.prune(other, scores, X, macs=0.5)):
+        with pytest.raises(ValueError, match=r"block1\.lock \(lock\) cannot be copied \(.*take it out of the model"):
+            act()
