@@ -168,7 +168,8 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
-            raise ValueError(f"{type(model).__name__}: {running.overwriting(eval_model, run)}") from error
+            said = running.overwriting(eval_model, run, run_as_trained)
+            raise ValueError(f"{type(model).__name__}: {said}") from error
         if axes.together or chooses or ways.may_differ(among_samples.tried(samples)):
             found = found.less(among_samples.refusals(eval_model, run, found.groups, example_inputs, samples))
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained), taken)

@@ -40,7 +40,7 @@ class Stream(nn.Module):
                 y.mul_(2)
                 y += x
                 x = y
-            elif self.in_place == "stream":
+            elif self.in_place == "stream" or (self.in_place == "evaluating" and not self.training):
                 x += y * 2
             else:
                 x = x + y * 2
@@ -66,6 +66,22 @@ def test_what_a_norm_has_read_is_written_to() -> None:
     """PyTorch has no gradient then; the error names the norm, and what to write."""
     with pytest.raises(ValueError, match=r"writes in place to what norms.0 has read.*write `x = x \+ branch\(x\)`"):
         fastscore.score(Stream("stream").eval(), [torch.randn(3, 4, 5)], progress=False)
+
+
+def test_what_is_written_to_in_evaluation_mode_alone() -> None:
+    """As RWKV's states are, in a cache: training has a gradient, and the way out goes by it."""
+    model, x = Stream("evaluating").eval(), torch.randn(3, 4, 5)
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        model.training = True
+        try:
+            return model(batch)
+        finally:
+            model.training = False
+
+    with pytest.raises(ValueError, match=r"norms.0 has read.*in evaluation mode.*forward= that.*as training does"):
+        fastscore.score(model, [x], progress=False)
+    assert {"embed", "branches.0.up"} <= set(fastscore.score(model, [x], forward=forward, progress=False))
 
 
 class Assigned(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastscore.batches.calls import call_of
 from fastscore.batches.devices import usable
 from fastscore.batches.parts import Batch, map_tensors, tensors_of, version_of
+from fastscore.graph.cutting import own_tensors
 from fastscore.graph.trials.plain_layers import plain_kind
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules import written_parameters
@@ -46,9 +47,10 @@ def run_between(recording: Recording) -> None:
         recording.run_again(recording.model)
 
 
-def overwriting(model: nn.Module, run: Callable[[nn.Module], object]) -> str:
-    """What an evaluation copy writes to though a gradient needs it, and the way out. run: its outputs, on an example.
-    """
+def overwriting(model: nn.Module, run: Callable[[nn.Module], object],
+                run_as_trained: Callable[[nn.Module], Sequence[Tensor]]) -> str:
+    """What an evaluation copy writes to though a gradient needs it, and the way out. run: its outputs, on an example;
+    run_as_trained: those that it has on the way that training takes."""
     scaled = next((name for name, module in model.named_modules() if getattr(module, "max_norm", None) is not None), "")
     layer = _overwritten(model, run)
     if scaled and not layer:
@@ -60,8 +62,19 @@ def overwriting(model: nn.Module, run: Callable[[nn.Module], object]) -> str:
         return f"its code writes to {written[0]} whenever it runs, and reads it, too, so that gradients of one run " \
                "are lost in the next, and what it returns depends on what it was given before: do that once, before, " \
                "and not in forward (of rows that are looked up, leave max_norm out)"
-    return f"its code writes in place to what {layer or 'an operation'} has read, so that no gradient can be " \
-           "computed, here or in training: write `x = x + branch(x)`, where it says `x += branch(x)`"
+    said = f"its code writes in place to what {layer or 'an operation'} has read, so that no gradient can be computed"
+    if error_of(lambda: _send_back(model, run_as_trained)) is None:
+        return f"{said} in evaluation mode, as in training it can: give a forward= that calls it as training does " \
+               "(without a cache, fastscore.integrations.transformers.forward for transformers' models)"
+    return f"{said}, here or in training: write `x = x + branch(x)`, where it says `x += branch(x)`"
+
+
+@torch.enable_grad()
+def _send_back(model: nn.Module, run: Callable[[nn.Module], Sequence[Tensor]]) -> None:
+    """Send a gradient back through a copy of a model."""
+    copy = evaluation_copy(model)
+    own_tensors.require_gradients(copy)
+    torch.stack([made.sum() for made in run(copy)]).sum().backward()
 
 
 def _overwritten(model: nn.Module, run: Callable[[nn.Module], object]) -> str | None:
