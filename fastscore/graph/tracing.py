@@ -215,7 +215,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         with unread.Outputs(model) as made, whose_gradients:
             outputs = run(model)
         has_run, recording.draws = True, rng.has_drawn(device)
-        layers, more = made.unread(outputs)
+        layers, recording.idle_calls, more = made.unread(outputs)
         unused.update(layers)
         graph.unread = {tensor.grad_fn for tensor in more}
         return [*outputs, *more]

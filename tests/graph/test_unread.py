@@ -197,3 +197,35 @@ def test_layers_called_on_two_streams_are_no_products_of_activations() -> None:
     skipped = trace(noisy(Returned), torch.randn(2, 4, 5).double()).skipped
     assert {skipped[layer] for layer in ("one", "two", "down")} <= {
         "its channels are the model's output", "its channels go with those of one"}
+
+
+class SharedAtTheEnd(nn.Module):
+    """Two streams that one MLP works on in each block, as diffusers' CogView 4 has them; one is the output, so that
+    nothing comes of the MLP's last call on the other, but where it is `late`: by way of detach()."""
+
+    def __init__(self, late: bool = False) -> None:
+        super().__init__()
+        self.embed, self.embed_other, self.head, self.late = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 3), late
+        self.norms, self.others = (nn.ModuleList(nn.LayerNorm(8) for _ in range(2)) for _ in range(2))
+        self.mixes, self.ups, self.downs = (nn.ModuleList(nn.Linear(*widths) for _ in range(2))
+                                            for widths in ((8, 8), (8, 6), (6, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, x = self.embed_other(x.flip(-1)), self.embed(x)
+        for norm, other, mix, up, down in zip(self.norms, self.others, self.mixes, self.ups, self.downs, strict=True):
+            x, y = x + mix(y).tanh(), y + mix(x).tanh()
+            x = x + down(up(norm(x)).relu())
+            y = y + down(up(other(y)).relu())
+        return self.head(x + y.detach() if self.late else x)
+
+
+def test_a_call_that_nothing_comes_of_of_a_layer_that_has_others(tmp_path: Path) -> None:
+    x = torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).double()
+    small = check(SharedAtTheEnd, x, ["embed", "ups.0", "ups.1"], tmp_path).model
+    assert small.embed.out_features == small.head.in_features == small.others[1].width < 8
+
+
+def test_a_call_that_shows_where_autograd_does_not_see_it_counts() -> None:
+    graph = trace(noisy(lambda: SharedAtTheEnd(late=True)), torch.randn(2, 5).double())
+    assert "embed" not in [group.name for group in graph.groups]
+    assert "no gradient comes back" in graph.skipped["embed"]

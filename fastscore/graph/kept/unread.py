@@ -3,6 +3,7 @@
 They read channels that can go, and must lose them too.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -36,16 +37,23 @@ class Outputs:
         for handle in self._handles:
             handle.remove()
 
-    def unread(self, returned: Iterable[Tensor]) -> tuple[set[str], list[Tensor]]:
-        """(layers that `returned` does not depend on, what they made and nobody wrote to); the noted tensors are let
-        go."""
+    def unread(self, returned: Iterable[Tensor]) -> tuple[set[str], set[tuple[str, int]], list[Tensor]]:
+        """(layers that `returned` does not depend on; calls of others, (layer, number), of which the same holds; what
+        those layers made and nobody wrote to); the noted tensors are let go."""
         reached = set[Any]()
         for tensor in returned:
             reach(tensor.grad_fn, reached)
-        used = {name for name, tensor, node in self._made if not reached.isdisjoint((node, tensor.grad_fn))}
+        used, number, idle = set[str](), Counter[str](), set[tuple[str, int]]()
+        for name, tensor, node in self._made:
+            if not reached.isdisjoint((node, tensor.grad_fn)):
+                used.add(name)
+            elif node is not None:
+                idle.add((name, number[name]))
+            number[name] += 1
         found = [(name, tensor, node) for name, tensor, node in self._made if name not in used and node is not None]
         self._made.clear()
-        return {name for name, _, _ in found}, [tensor for _, tensor, node in found if tensor.grad_fn is node]
+        left = [tensor for _, tensor, node in found if tensor.grad_fn is node]
+        return {name for name, _, _ in found}, {call for call in idle if call[0] in used}, left
 
     def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and not output.is_nested:

@@ -57,6 +57,7 @@ class Recording:
         self.first_layers = dict[str, Tensor | None]()  # that no gradient leaves, in one call -> see `_note_first`
         self.from_zeros = set[str]()  # those of which a part, or all, that they read in such a call is 0
         self.taken = set[int]()  # ids of parameters that anything is computed from
+        self.idle_calls = set[tuple[str, int]]()  # (layer, number): of layers with others, that no output comes of
         self.detached = frozenset[str]()  # those of which no gradient comes back, while something does
         self.tried: tuple[ChannelGroup, ...] = ()  # without some channels of which, all at once, the model has run
         self.chooses = self.draws = False  # whether something is chosen by channels, and shows nowhere; draws at random
@@ -159,13 +160,17 @@ class Recording:
         beyond what is chosen by it, which a small change leaves as it is."""
         before, found = self.inputs, list[str]()
 
+        def idle(layer: str, call: int) -> bool:
+            return layer in layers or (layer, call) in self.idle_calls
+
         def compare(layer: str, call: int, x: Tensor | None) -> None:
             known = before[layer][call]
-            if layer not in layers and x is not None and known is not None and differ(x, known, self._dims[layer]):
+            if not idle(layer, call) and x is not None and known is not None and differ(x, known, self._dims[layer]):
                 found.append(layer)
 
+        made = self._whole({*layers, *(layer for layer, _ in self.idle_calls)})
         try:
-            output = self._replay_changed(self._whole(layers), compare, Choices(self.choices, None))
+            output = self._replay_changed(made, compare, Choices(self.choices, None), only=idle)
         except Exception:  # of the model's code, which looks at them
             return True
         return bool(found) or not all_close(output, self.output)
@@ -291,10 +296,10 @@ class Recording:
         return self._replayed[3]
 
     def _replay_changed(self, made: Positions, see: Callable[[str, int, Tensor | None], None],
-                        choices: Choices | None = None, copies: Positions | None = None) -> Tensor:
-        """The output of a run in which layers compute nothing, but give what they gave, changed at `made` and `copies`.
-
-        see(layer, call, input) is called for each call of a layer."""
+                        choices: Choices | None = None, copies: Positions | None = None,
+                        only: Callable[[str, int], bool] = lambda layer, call: True) -> Tensor:
+        """The output of a run in which layers compute nothing, but give what they gave, changed at `copies`, and at
+        `made` in `only` these calls. see(layer, call, input) is called for each call of a layer."""
         def forward_of(layer: str) -> Callable[..., Tensor]:
             calls, module = enumerate(self.outputs[layer]), self.layers[layer]
 
@@ -307,7 +312,8 @@ class Recording:
                 with nullcontext() if choices is None else choices.paused():
                     see(layer, call, None if x is None or _looks_at_shape(module, x) else unwrapped(x))
                     of_copies = changed(output, 0, copies[layer]) if copies and layer in copies else output
-                    return changed(of_copies, self._dims[layer], made[layer]) if layer in made else of_copies.clone()
+                    changes = layer in made and only(layer, call)
+                    return changed(of_copies, self._dims[layer], made[layer]) if changes else of_copies.clone()
 
             return forward
 
