@@ -91,7 +91,7 @@ def test_what_another_batch_has_it_do_is_an_error() -> None:
     """A tap would not see it. The model is not changed by it, and runs on both as long as nobody looks."""
     model, x = noisy(BySize), inputs()
     wide, y = torch.cat([x, x], 3), model(inputs())
-    with untouched(model), pytest.raises(RuntimeError, match=r"^b: the code of BySize runs it by conv2d\(\)"):
+    with untouched(model), pytest.raises(ValueError, match=r"^batches: .* b: the code of BySize runs it by conv2d\(\)"):
         fastscore.score(model, [x, wide], progress=False)
     scores = fastscore.score(model, [x], progress=False)
     with untouched(model), fastscore.Scorer(model, x), pytest.raises(RuntimeError, match=r"^b: the code of BySize"):

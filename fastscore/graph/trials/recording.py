@@ -168,9 +168,9 @@ class Recording:
             if not idle(layer, call) and x is not None and known is not None and differ(x, known, self._dims[layer]):
                 found.append(layer)
 
-        made = self._whole({*layers, *(layer for layer, _ in self.idle_calls)})
         try:
-            output = self._replay_changed(made, compare, Choices(self.choices, None), only=idle)
+            output = self._replay_changed(self._whole({*layers, *dict(self.idle_calls)}), compare,
+                                          Choices(self.choices, None), only=idle)
         except Exception:  # of the model's code, which looks at them
             return True
         return bool(found) or not all_close(output, self.output)
@@ -297,7 +297,7 @@ class Recording:
 
     def _replay_changed(self, made: Positions, see: Callable[[str, int, Tensor | None], None],
                         choices: Choices | None = None, copies: Positions | None = None,
-                        only: Callable[[str, int], bool] = lambda layer, call: True) -> Tensor:
+                        only: Callable[[str, int], bool] = lambda *_: True) -> Tensor:
         """The output of a run in which layers compute nothing, but give what they gave, changed at `copies`, and at
         `made` in `only` these calls. see(layer, call, input) is called for each call of a layer."""
         def forward_of(layer: str) -> Callable[..., Tensor]:
