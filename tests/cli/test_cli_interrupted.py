@@ -56,7 +56,7 @@ def test_interrupted_in_the_middle(command: str, capsys: pytest.CaptureFixture[s
     last = calls()
     for name in files() - before:
         Path(name).unlink()
-    for share in (0.1, 0.5, 0.95):
+    for share in (0.1, 0.5, 0.9):  # in the last calls exporters run it, and the report is printed
         capsys.readouterr()
         assert run(COMMANDS[command], max(round(share * last), 1)) == 130
         said = capsys.readouterr()
